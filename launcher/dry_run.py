@@ -1,0 +1,95 @@
+"""What --dry-run prints: the derived numbers of a stage, without torch.distributed, a GPU or any weights."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    RepositoryNotFoundError,
+)
+from transformers import PretrainedConfig
+
+from toolkit.data.records import source_files
+from toolkit.models.backbone import llama_config, read_config
+from toolkit.prepare import hub_problem
+from toolkit.recipe import (
+    BuildStart,
+    FolderSource,
+    FolderStart,
+    HubStart,
+    Recipe,
+    RecipeError,
+    RevelaObjective,
+    Stage,
+    Start,
+)
+from toolkit.training.deepspeed_config import ds_config
+from toolkit.training.numbers import derived, parameter_counts, render
+
+
+class Unresolved(Exception):
+    """A model whose config cannot be had here; says why."""
+
+
+def describe(recipe: Recipe, index: int, world_size: int) -> str:
+    """Derived numbers, parameter counts and DeepSpeed configuration of a stage on `world_size` ranks."""
+    stage = recipe.stages[index]
+    rows = list(derived(stage, world_size))
+    check_sources(stage)
+    try:
+        rows += [(name.replace("_", " "), f"{count:,}") for name, count in stage_parameters(recipe, index).items()]
+    except Unresolved as error:
+        rows.append(("parameters", f"not resolved: {error}"))
+    except ValueError as error:
+        raise RecipeError(f"stage {index} {stage.name}: {error}") from None
+    config = json.dumps(ds_config(stage, world_size), indent=2)
+    return f"stage {index} {stage.name}: {stage.objective.name}\n{render(rows)}\n  DeepSpeed configuration\n{config}\n"
+
+
+def check_sources(stage: Stage) -> None:
+    """Raise RecipeError if a folder of training data does not exist or holds none."""
+    for source in stage.data.sources:
+        if isinstance(source, FolderSource):
+            source_files(source.folder)
+
+
+def stage_parameters(recipe: Recipe, index: int) -> dict[str, int]:
+    """Parameter counts of a stage's models from their configs.
+
+    Raises:
+        Unresolved: if a config is on a hub that gives it to nobody here.
+        RecipeError, ValueError: if a model is not there, not supported, or does not fit the recipe.
+    """
+    stage = recipe.stages[index]
+    encoder = _config(recipe, index, stage.start)
+    objective = stage.objective
+    revela = isinstance(objective, RevelaObjective)
+    reader = _config(recipe, index, objective.language_model.start) if revela else None
+    return parameter_counts(stage, encoder, reader)
+
+
+def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
+    """The config a stage starts from; `previous` is that of the stage before."""
+    match start:
+        case BuildStart():
+            return llama_config(start.build.model_dump(), bos_id=0, eos_id=1, pad_id=1)
+        case FolderStart():
+            folder = Path(start.folder).expanduser()
+            if not (folder / "config.json").is_file():
+                raise RecipeError(f"stages.{index}: {folder} holds no config.json; name a folder with a model")
+            return read_config(folder)
+        case HubStart():
+            try:
+                path = hf_hub_download(start.hub, "config.json")
+            except (HFValidationError, RepositoryNotFoundError) as error:
+                if not isinstance(error, GatedRepoError):
+                    raise RecipeError(f"stages.{index}: {start.hub}: {hub_problem(start.hub, error)}") from None
+                raise Unresolved(f"{start.hub}: {hub_problem(start.hub, error)}") from None
+            except (OSError, ValueError, HTTPError) as error:
+                raise Unresolved(f"{start.hub}: {hub_problem(start.hub, error)}") from None
+            return read_config(Path(path).parent)
+        case "previous":
+            return _config(recipe, index - 1, recipe.stages[index - 1].start)

@@ -1,0 +1,84 @@
+"""Run a recipe: deepspeed launcher/run.py recipes/NAME.json [--set key=value] [--stage N] [--output DIR] [--dry-run].
+
+Checks the recipe before it imports torch; then for each stage: train, export, evaluate; then the report.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from toolkit.recipe import Recipe, RecipeError, load_recipe
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed launcher/run.py", description="Train, export and evaluate a recipe."
+    )
+    parser.add_argument("recipe", type=Path, help="a recipe (JSON)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a recipe key")
+    parser.add_argument("--stage", type=int, metavar="N", help="run this stage only (counted from 0)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/<recipe name>)")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, print the derived numbers, stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Exit code 0; 2 after one line per problem the user can mend; 130 after Ctrl-C."""
+    arguments = parse_arguments()
+    try:
+        recipe = load_recipe(arguments.recipe, tuple(arguments.set))
+        if arguments.stage is not None and not 0 <= arguments.stage < len(recipe.stages):
+            raise RecipeError(f"--stage {arguments.stage}: the recipe has stages 0 to {len(recipe.stages) - 1}")
+        run = arguments.output or Path("runs") / recipe.name
+        if arguments.dry_run:
+            return _dry_run(recipe, arguments.stage)
+        return _run(recipe, run.resolve(), arguments.stage)
+    except RecipeError as error:
+        if _is_first_rank():
+            print(error, file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        if _is_first_rank():
+            print(
+                "interrupted; the same command goes on from the last checkpoint, if there is one",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 130
+
+
+def _is_first_rank() -> bool:
+    """True on the rank that speaks; known from the launcher's variables, before anything is imported."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+
+
+def _dry_run(recipe: Recipe, only: int | None) -> int:
+    if _is_first_rank():
+        from launcher.dry_run import describe
+
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        for index in range(len(recipe.stages)):
+            if only in (None, index):
+                print(describe(recipe, index, world_size))
+    return 0
+
+
+def _run(recipe: Recipe, run: Path, only: int | None) -> int:
+    from launcher.stages import run_stages
+    from toolkit.collectives import RankZeroFailed
+
+    try:
+        run_stages(recipe, run, only)
+    except RankZeroFailed:  # rank 0 says why
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    distributed = sys.modules.get("torch.distributed")  # imported only if the recipe was valid
+    if code == 0 and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.exit(code)

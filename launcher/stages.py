@@ -1,0 +1,197 @@
+"""The stages of a run, in order: evaluate the start, then train, export and evaluate each; then the report.
+
+Called by launcher/run.py on every rank, with a valid recipe. A finished stage is skipped, an unfinished one goes on.
+"""
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.collectives import on_rank_zero, world_size
+from toolkit.files import replace_text
+from toolkit.recipe import Recipe, RecipeError, batch_numbers
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "numpy")
+
+
+def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
+    """Run every stage of a recipe (or the one numbered `only`) in the folder `run`.
+
+    Raises:
+        RecipeError: for anything the user can mend; RankZeroFailed on the other ranks where rank 0 says why.
+    """
+    from toolkit.training.process_group import start_distributed
+
+    device = start_distributed()
+    on_rank_zero(lambda: check_ahead(recipe, world_size()))
+    on_rank_zero(lambda: open_run(recipe, run))
+    with mendable("start"):
+        evaluate_start(recipe, run, device)
+    for index in range(len(recipe.stages)) if only is None else [only]:
+        run_stage(recipe, index, run, device)
+    on_rank_zero(lambda: report(recipe, run))
+
+
+def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> None:
+    """Train, export and evaluate one stage, unless that is done."""
+    from toolkit.training.loop import stage_folder, train_stage
+
+    stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
+    if on_rank_zero(lambda: is_done(folder)):
+        on_rank_zero(lambda: print(f"stage {index} {stage.name}: finished in {folder}; skipped", flush=True))
+        return
+    if index and not on_rank_zero(lambda: is_done(stage_folder(run, recipe, index - 1))):
+        raise RecipeError(f"stage {index} {stage.name}: the stage before it is not finished; run that first")
+    with mendable(f"stage {index} {stage.name}"):
+        result = train_stage(recipe, index, run, device)
+        scores = evaluate_export(recipe, index, run, device)
+    on_rank_zero(lambda: finish(folder, result._asdict() | {"scores": scores}))
+
+
+@contextmanager
+def mendable(where: str) -> Iterator[None]:
+    """Errors of the library that tell of the user's models, data or machine, as one line."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def check_ahead(recipe: Recipe, ranks: int) -> None:
+    """What would end a later stage, found before the first: ranks that do not fit, models, LoRA targets."""
+    from launcher.dry_run import Unresolved, check_sources, stage_parameters
+
+    for index, stage in enumerate(recipe.stages):
+        batch_numbers(stage, ranks)
+        try:
+            with mendable(f"stage {index} {stage.name}"):
+                check_sources(stage)
+                stage_parameters(recipe, index)
+        except Unresolved as error:
+            raise RecipeError(f"stage {index} {stage.name}: {error}") from None
+
+
+def open_run(recipe: Recipe, run: Path) -> None:
+    """Make the run folder, or check that this recipe made it; nothing of another run is overwritten.
+
+    Stages that have not begun may differ from the run's recipe: they are taken from this one.
+    """
+    path = run / "recipe.json"
+    try:
+        if path.exists():
+            old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(recipe.to_json())
+            begun = [i for i, stage in enumerate(old["stages"]) if (run / f"stage_{i}_{stage['name']}").exists()]
+            count = max(begun, default=-1) + 1
+            if not begun and old != new:  # the model before training may be another one now
+                (run / "start" / "done.json").unlink(missing_ok=True)
+            old, new = ({**raw, "stages": raw["stages"][:count]} for raw in (old, new))
+            different = _first_difference(old, new)
+            if different:
+                raise RecipeError(f"{run}: was made by a different recipe ({different}); choose another --output")
+        elif run.exists() and any(run.iterdir()):
+            raise RecipeError(f"{run}: is not empty and holds no recipe.json; choose another --output")
+        run.mkdir(parents=True, exist_ok=True)
+        replace_text(path, recipe.to_json())
+        replace_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{run}: cannot be used as run folder ({reason}); choose another --output") from None
+
+
+def environment() -> dict[str, Any]:
+    """Where a run takes place: command, versions, machine; no variable of the environment."""
+    from toolkit.training.loop import command
+
+    return {
+        "command": command(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "world_size": world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _first_difference(old: object, new: object, path: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(key, old.get(key), new.get(key)) for key in old | new]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(index), *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return "" if old == new else f"{path}: {json.dumps(old)[:40]} there, {json.dumps(new)[:40]} here"
+    found = (_first_difference(a, b, f"{path}.{key}".removeprefix(".")) for key, a, b in pairs if a != b)
+    return next(found, "")
+
+
+def evaluate_start(recipe: Recipe, run: Path, device: torch.device) -> None:
+    """Evaluate BM25 and the first stage's model before any training, on every suite of the recipe."""
+    from eval.run import evaluate, evaluate_bm25
+    from toolkit.embed import load_retriever
+    from toolkit.models.backbone import DTYPES
+    from toolkit.training.loop import stage_sources
+    from toolkit.training.metrics import write_eval_scalars
+
+    stage, folder = recipe.stages[0], run / "start"
+    suites = list(dict.fromkeys(suite for stage in recipe.stages for suite in stage.eval.suites))
+    if not suites or on_rank_zero(lambda: is_done(folder) and _result(folder)["suites"] == suites):
+        return
+    evaluate_bm25(suites, run / "bm25" / "eval")
+    base = stage_sources(recipe, 0, run).retriever.folder
+    retriever = load_retriever(base, stage.encoder, DTYPES[stage.precision], device)
+    scores = evaluate(retriever, suites, folder / "eval", label="untrained", step=0)
+    on_rank_zero(lambda: write_eval_scalars(run, scores, 0))
+    on_rank_zero(lambda: finish(folder, {"suites": suites, "scores": scores}))
+
+
+def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Evaluate a stage's export as a user would load it; scores go to TensorBoard and the model card."""
+    from eval.run import evaluate
+    from toolkit.export import load_export
+    from toolkit.model_card import add_scores
+    from toolkit.training.loop import stage_folder
+    from toolkit.training.metrics import write_eval_scalars
+
+    stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
+    if not stage.eval.suites:
+        return {}
+    retriever = load_export(folder / "export", device)
+    step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
+    scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, step=step)
+    on_rank_zero(lambda: write_eval_scalars(run, scores, step))
+    on_rank_zero(lambda: add_scores(folder / "export", scores, _result(run / "start")["scores"]))
+    return scores
+
+
+def is_done(folder: Path) -> bool:
+    """True once a stage is trained, exported and evaluated."""
+    return (folder / "done.json").is_file()
+
+
+def finish(folder: Path, result: dict[str, Any]) -> None:
+    """Mark a stage as finished."""
+    replace_text(folder / "done.json", json.dumps(result, indent=2, default=str) + "\n")
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "done.json").read_text(encoding="utf-8"))
+
+
+def report(recipe: Recipe, run: Path) -> None:
+    """Write report.md over what is finished and print its table, with the paths of what the run leaves behind."""
+    from eval.report import ReportRow, write_report
+    from toolkit.training.loop import stage_folder
+
+    rows = [ReportRow("BM25", run / "bm25" / "eval"), ReportRow("untrained", run / "start" / "eval")]
+    folders = [stage_folder(run, recipe, index) for index in range(len(recipe.stages))]
+    done = [index for index, folder in enumerate(folders) if is_done(folder)]
+    rows += [ReportRow(f"after stage {index}", folders[index] / "eval") for index in done]
+    kind = "export" if recipe.stages[done[-1]].lora is None else "adapter"
+    paths = {kind: folders[done[-1]] / "export", "TensorBoard": run / "tensorboard", "report": run / "report.md"}
+    described = [f"Stage {i}: {stage.description}" for i, stage in enumerate(recipe.stages) if stage.description]
+    write_report(run, [row for row in rows if (row.eval_folder / "metrics.json").is_file()], paths, " ".join(described))

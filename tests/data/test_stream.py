@@ -1,0 +1,122 @@
+"""The stream of one rank: whose rows, in which order, and what happens to its thread."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from toolkit.data.spans import PoolPlan
+from toolkit.data.stream import StepData, Stream
+from toolkit.determinism import batch_digest
+
+DOCUMENT = np.repeat(np.arange(20), 10)
+POOL, POOLS = 8, 4
+
+
+class Texts:
+    """A store whose texts are the ids."""
+
+    document = DOCUMENT
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [str(i) for i in ids]
+
+
+def keep(texts: list[str], document: np.ndarray) -> tuple[list[int], list[int]]:
+    return [int(text) for text in texts], document.tolist()
+
+
+def plan() -> PoolPlan:
+    return PoolPlan(DOCUMENT, None, POOL, 2, seed=3)
+
+
+def stream(collate=keep, start=0, steps=5, **place) -> Stream:
+    place = {"span": "world", "rank": 0, "world_size": 1} | place
+    return Stream(plan(), Texts(), collate, pools_per_step=POOLS, start_step=start, num_steps=steps, **place)
+
+
+def read(**settings) -> list[StepData]:
+    with stream(**settings) as opened:
+        return list(opened)
+
+
+def test_steps_hold_their_pools_in_order():
+    pools = plan()
+    for step, data in enumerate(read()):
+        expected = [pools.pool(step * POOLS + k) for k in range(POOLS)]
+        assert data.step == step
+        assert data.batches == [(pool.tolist(), DOCUMENT[pool].tolist()) for pool in expected]
+        assert data.digest == batch_digest(np.stack(expected))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_hold_the_rows_of_one(world_size: int):
+    alone = read()
+    for span in ("world", "rank"):
+        ranks = [read(span=span, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for step, whole in enumerate(alone):
+            parts = [rank[step] for rank in ranks]
+            assert {part.digest for part in parts} == {whole.digest}
+            rows = [[batch[0] for batch in part.batches] for part in parts]
+            if span == "world":  # every pool in slices, in rank order
+                joined = [[i for part in rows for i in part[pool]] for pool in range(POOLS)]
+                assert all(len(part[0]) == POOL // world_size for part in rows)
+            else:  # whole pools, in rank order
+                joined = [pool for part in rows for pool in part]
+                assert all(len(part) == POOLS // world_size for part in rows)
+            assert joined == [batch[0] for batch in whole.batches]
+
+
+def test_starting_late_is_resuming():
+    assert read(start=3, steps=9) == read(steps=9)[3:]
+    assert read(start=5, steps=5) == []
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="3 ranks do not divide 8 rows"):
+        stream(world_size=3)
+    with pytest.raises(ValueError, match="8 ranks do not divide 4 pools"):
+        stream(span="rank", world_size=8)
+
+
+def test_a_failure_in_the_thread_reaches_the_consumer_after_the_good_steps():
+    calls = []
+
+    def fail_in_step_2(texts, document):
+        calls.append(1)
+        if len(calls) > 2 * POOLS:
+            raise KeyError("broken row")
+        return keep(texts, document)
+
+    opened = stream(collate=fail_in_step_2)
+    assert [next(opened).step, next(opened).step] == [0, 1]
+    with pytest.raises(KeyError, match="broken row"):
+        next(opened)
+    assert list(opened) == []
+
+
+def test_reads_two_steps_ahead_and_no_further():
+    calls = []
+
+    def count(texts, document):
+        calls.append(1)
+        return keep(texts, document)
+
+    with stream(collate=count, steps=100) as opened:
+        next(opened)
+        until = time.monotonic() + 5
+        while len(calls) < 4 * POOLS and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(calls) == 4 * POOLS  # step 0 taken, two waiting, one read and without room
+
+
+def test_closing_ends_the_thread():
+    before = threading.active_count()
+    opened = stream(steps=100)
+    next(opened)
+    assert threading.active_count() == before + 1
+    opened.close()
+    assert threading.active_count() == before
+    assert list(opened) == []

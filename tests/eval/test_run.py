@@ -1,0 +1,137 @@
+"""Evaluation end to end: files, shared documents, candidates, ranks, and the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from beir import write_beir
+from distributed import rank_environment, run_on_ranks
+from retrievers import tiny_retriever
+
+from eval import run
+from eval.run import evaluate, evaluate_bm25, main
+from eval.suites import load_suite
+from toolkit.recipe import RecipeError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_beir(tmp_path / "small")
+
+
+def test_what_is_written(folder: Path, tmp_path: Path):
+    scores = evaluate(tiny_retriever(), [str(folder), f"{folder}:dev"], tmp_path / "out", label="tiny", step=7)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "metrics.json", "per_query.json", "small_dev.json", "small_test.json"
+    ]  # fmt: skip
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    per_query = json.loads((tmp_path / "out" / "per_query.json").read_text())
+    assert (metrics["label"], metrics["step"]) == ("tiny", 7)
+    assert metrics["system"]["settings"] == tiny_retriever().settings.model_dump()
+    assert metrics["system"]["dtype"] == "float32"
+    assert list(scores) == ["small:test", "small:dev"] == list(metrics["collections"])
+    for name, row in metrics["collections"].items():
+        assert list(scores[name]) == ["ndcg_at_10", "recall_at_100", "mrr_at_10"]
+        for key, mean in scores[name].items():
+            assert row[key] == mean == pytest.approx(np.mean(list(per_query[name][key].values())), abs=1e-12)
+        assert (row["documents"], row["queries"]) == (60, len(per_query[name]["ndcg_at_10"]))
+        assert row["judged_documents_missing"] == 0
+    assert list(per_query["small:dev"]["mrr_at_10"]) == [f"q{i}" for i in range(5)]
+
+
+def test_shared_documents_are_embedded_once(folder: Path, tmp_path: Path):
+    retriever = tiny_retriever()
+    rows = []
+    retriever.encoder.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    evaluate(retriever, [str(folder), f"{folder}:dev"], tmp_path / "out", label="", step=None)
+    (task,) = load_suite(str(folder))
+    assert sum(rows) == len(set(task.collection.documents.values())) + 6 + 5
+
+
+def test_two_folders_of_one_name(folder: Path, tmp_path: Path):
+    other = write_beir(tmp_path / "other" / "small", num_documents=50)
+    with pytest.raises(RecipeError, match="two different collections are called small:test"):
+        evaluate_bm25([str(folder), str(other)], tmp_path / "out")
+    assert list(evaluate_bm25([str(folder), str(folder)], tmp_path / "out")) == ["small:test"]
+
+
+@pytest.mark.parametrize("system", ["dense", "bm25"])
+def test_candidates_and_identical_ids(system: str, folder: Path, tmp_path: Path, monkeypatch):
+    """Of a query's candidates only those count; a document with the query's id can be left out."""
+    (task,) = load_suite(str(folder))
+    wanted = {
+        query: [f"d{i}", f"d{i + 20}"] for query, i in ((query, int(query[1:])) for query in task.collection.queries)
+    }
+    renamed = task.collection._replace(
+        queries={f"d{q[1:]}": text for q, text in task.collection.queries.items()},
+        qrels={f"d{q[1:]}": grades for q, grades in task.collection.qrels.items()},
+    )
+    variants = {
+        "all": task,
+        "candidates": task._replace(candidates=wanted),
+        "kept": task._replace(collection=renamed),
+        "dropped": task._replace(collection=renamed, ignore_identical_ids=True),
+    }
+    found = {}
+    for name, variant in variants.items():
+        monkeypatch.setattr(run, "load_suite", lambda suite, variant=variant: [variant])
+        if system == "dense":
+            found[name] = evaluate(tiny_retriever(), ["x"], tmp_path / name, label="", step=None)["small:test"]
+        else:
+            found[name] = evaluate_bm25(["x"], tmp_path / name)["small:test"]
+    if system == "dense":  # both candidates are relevant, and all documents are found
+        assert found["candidates"]["recall_at_100"] == found["candidates"]["mrr_at_10"] == 1.0
+    assert found["candidates"]["ndcg_at_10"] > found["all"]["ndcg_at_10"]
+    assert found["kept"] == found["all"]
+    assert found["dropped"]["recall_at_100"] < found["kept"]["recall_at_100"]
+
+
+def test_a_main_score_of_its_own_is_reported(folder: Path, tmp_path: Path, monkeypatch):
+    (task,) = load_suite(str(folder))
+    monkeypatch.setattr(run, "load_suite", lambda suite: [task._replace(main_score="recall_at_1")])
+    assert "recall_at_1" in evaluate_bm25(["x"], tmp_path / "out")["small:test"]
+    written = json.loads((tmp_path / "out" / "small_test.json").read_text())["scores"]["test"][0]
+    assert written["main_score"] == written["recall_at_1"]
+    monkeypatch.setattr(run, "load_suite", lambda suite: [task._replace(main_score="other")])
+    with pytest.raises(RecipeError, match="main score other is not computed"):
+        evaluate_bm25(["x"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_score_as_one_process(world_size: int, folder: Path, tmp_path: Path):
+    answer = run_on_ranks("evaluate_ranks.py", world_size, [str(folder), str(tmp_path)], tmp_path)
+    dense = evaluate(tiny_retriever(), [str(folder)], tmp_path / "one", label="", step=None)
+    lexical = evaluate_bm25([str(folder)], tmp_path / "one_bm25")
+    assert answer == [[dense, lexical]] * world_size
+    for one, many in (("one", "dense"), ("one_bm25", "bm25")):
+        read = [(tmp_path / name / "per_query.json").read_text() for name in (one, many)]
+        assert read[0] == read[1]
+
+
+def test_command_on_bm25(folder: Path, tmp_path: Path, capsys):
+    assert main(["bm25", "--suite", str(folder), "--output", str(tmp_path / "out")]) == 0
+    row = json.loads((tmp_path / "out" / "metrics.json").read_text())["collections"]["small:test"]
+    printed = capsys.readouterr().out
+    for text in (
+        "small:test",
+        "BM25",
+        f"{row['ndcg_at_10']:.4f}",
+        f"{row['recall_at_100']:.4f}",
+        f"{row['mrr_at_10']:.4f}",
+    ):
+        assert text in printed
+
+
+@pytest.mark.parametrize("what", ["bm25", "nothing"])
+def test_command_errors_are_one_line(what: str, folder: Path, tmp_path: Path):
+    suite = str(folder) if what == "nothing" else f"{folder}:train"
+    command = [sys.executable, "-m", "eval.run", what, "--suite", suite, "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()

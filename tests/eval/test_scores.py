@@ -1,0 +1,104 @@
+"""The metrics against hand calculation, and against mteb's own figures on a local task with the same vectors."""
+
+import math
+
+import mteb
+import numpy as np
+import pytest
+from beir import write_beir
+from datasets import Dataset
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from retrievers import tiny_retriever
+
+from eval.run import evaluate
+from eval.scores import as_run, per_query_scores
+from eval.suites import load_suite
+from toolkit.embed import embed_texts
+
+
+def test_by_hand():
+    run = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}}
+    scores = per_query_scores(run, {"q": {"b": 2, "c": 1, "z": 1}})
+    ideal = 2 + 1 / math.log2(3) + 1 / math.log2(4)
+    assert scores["ndcg_at_10"][0] == pytest.approx((2 / math.log2(3) + 1 / math.log2(4)) / ideal, abs=1e-12)
+    assert scores["mrr_at_10"][0] == 0.5
+    assert scores["mrr_at_1"][0] == 0.0
+    assert scores["recall_at_100"][0] == pytest.approx(2 / 3)
+    assert scores["precision_at_3"][0] == pytest.approx(2 / 3)
+    assert scores["map_at_10"][0] == pytest.approx((1 / 2 + 2 / 3) / 3)
+
+
+def test_the_reciprocal_rank_is_cut_at_ten():
+    run = {"q": {f"d{i:02}": -float(i) for i in range(20)}}
+    assert per_query_scores(run, {"q": {"d09": 1}})["mrr_at_10"][0] == 0.1
+    assert per_query_scores(run, {"q": {"d10": 1}})["mrr_at_10"][0] == 0.0
+    assert per_query_scores(run, {"q": {"d10": 1}})["mrr_at_20"][0] == pytest.approx(1 / 11)
+
+
+def test_queries_without_run_or_relevant_document_count_as_zero():
+    scores = per_query_scores({"q1": {"a": 1.0}}, {"q0": {"a": 1}, "q1": {"a": 1}, "q2": {"a": 0}})
+    assert scores["ndcg_at_10"].tolist() == [0.0, 1.0, 0.0]
+    assert scores["mrr_at_10"].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_places_without_a_document_are_left_out():
+    run = as_run(["q"], ["a", "b"], np.array([[2.0, 0.0]]), np.array([[1, -1]]))
+    assert run == {"q": {"b": 2.0}}
+
+
+class Vectors:
+    """Our vectors behind mteb's encoder protocol."""
+
+    def __init__(self, retriever) -> None:
+        self.retriever = retriever
+        name = {"name": "test/vectors", "revision": "1", "similarity_fn_name": ScoringFunction.COSINE}
+        self.mteb_model_meta = ModelMeta.create_empty(name | {"modalities": ["text"]})
+
+    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
+        texts = [text for batch in inputs for text in batch["text"]]
+        return embed_texts(self.retriever, texts, "query" if prompt_type == "query" else "passage")
+
+    def similarity(self, a, b):
+        return a @ b.T
+
+    def similarity_pairwise(self, a, b):
+        return (a * b).sum(1)
+
+
+class LocalTask(AbsTaskRetrieval):
+    metadata = TaskMetadata(
+        name="LocalTask", description="", type="Retrieval", category="t2t", dataset={"path": "local", "revision": "1"},
+        eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10",
+    )  # fmt: skip
+
+
+def test_scores_equal_those_of_mteb(tmp_path):
+    (task,) = load_suite(str(write_beir(tmp_path / "small")))
+    local = LocalTask()
+    local.dataset = {
+        "default": {
+            "test": {
+                "corpus": Dataset.from_list(
+                    [{"id": i, "text": t, "title": ""} for i, t in task.collection.documents.items()]
+                ),
+                "queries": Dataset.from_list([{"id": i, "text": t} for i, t in task.collection.queries.items()]),
+                "relevant_docs": task.collection.qrels,
+                "top_ranked": None,
+            }
+        }
+    }
+    local.data_loaded = True
+    retriever = tiny_retriever()
+    theirs = mteb.evaluate(Vectors(retriever), local, cache=None, co2_tracker=False, show_progress_bar=False)
+    ours = evaluate(retriever, [str(tmp_path / "small")], tmp_path / "eval", label="tiny", step=None)["small:test"]
+    expected = theirs.task_results[0].scores["test"][0]
+    assert 0.05 < expected["ndcg_at_10"] < 0.95
+    written = mteb.TaskResult.from_disk(tmp_path / "eval" / "small_test.json")
+    compared = [key for key in written.scores["test"][0] if "_at_" in key]
+    assert len(compared) == 42
+    for key in compared:
+        assert written.scores["test"][0][key] == pytest.approx(expected[key], abs=1.1e-5), key
+    assert written.get_score() == pytest.approx(ours["ndcg_at_10"], abs=1e-5)
+    assert set(written.scores["test"][0]) <= set(expected)

@@ -1,0 +1,101 @@
+"""The Revela engine on 1, 2 and 4 ranks equals the dense one-process form in loss and in every gradient.
+
+One launch per world size; `make test` runs a pairwise cover of the settings, `make test-all` the full product.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import run_on_ranks
+from pairwise import pairwise
+from tiny import save_model
+
+# fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|
+BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]}
+PLACEMENT = {
+    "zero": [0, 1, 2, 3],
+    "lora": [LORA, None],
+    "forward_rows": [None, 3],
+    "activation_checkpointing": [False, True],
+    "span": ["rank", "world"],
+}
+METHOD = {
+    "arch": ["llama", "qwen3"],
+    "temperature": [0.05, 1e-4],
+    "v_norm": [True, False],
+    "dual_loss": [False, True],
+    "detach_kv": [False, True],
+    "pooling": ["eos", "mean"],
+}
+
+
+def as_case(number: int, factors: dict[str, Any]) -> dict[str, Any]:
+    changes = {
+        "zero__stage": factors["zero"],
+        "lora": factors["lora"],
+        "objective__language_model__lora": factors["lora"],
+        "batch__forward_rows": factors["forward_rows"],
+        "activation_checkpointing": factors["activation_checkpointing"],
+        "batch__span": factors["span"],
+        "encoder__pooling": factors["pooling"],
+    } | {f"objective__{key}": factors[key] for key in ("temperature", "v_norm", "dual_loss", "detach_kv")}
+    return {"arch": factors["arch"], "seed": number, "changes": changes}
+
+
+def full_product() -> list[dict[str, Any]]:
+    """Every placement, with the settings of the method taken in turn from their own pairwise cover."""
+    methods = pairwise(METHOD)
+    placements = [dict(zip(PLACEMENT, values, strict=True)) for values in product(*PLACEMENT.values())]
+    return [placement | methods[index % len(methods)] for index, placement in enumerate(placements)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for seed, (name, kind) in enumerate(
+        {"llama": "llama", "llama_lm": "llama", "qwen3": "qwen3", "qwen3_lm": "qwen3"}.items()
+    ):
+        made[name] = str(save_model(root / name, kind, seed, tie=kind == "qwen3"))
+    return made
+
+
+def controls() -> list[dict[str, Any]]:
+    """Known mistakes: each must miss the bounds, or the measure sees nothing."""
+    factors = {key: values[0] for key, values in (PLACEMENT | METHOD).items()} | {"span": "world"}
+    names = ("own_slice_backward", "no_world_size", "mean_of_own_tokens")
+    return [as_case(0, factors) | {"control": name} for name in names]
+
+
+def exact(answer: dict[str, float]) -> bool:
+    assert answer["smallest_array"] > 0  # every trainable weight has a gradient to compare
+    return all(answer[figure] <= bound for figure, bound in BOUNDS.items())
+
+
+def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str], folder: Path) -> None:
+    mistakes = controls() if world_size > 1 else []
+    request = {"folders": folders, "cases": cases + mistakes}
+    answers = run_on_ranks("revela_matrix.py", world_size, request, folder, timeout=3500)
+    assert len(answers) == len(cases) + len(mistakes)
+    for mistake, answer in zip(mistakes, answers[len(cases) :], strict=True):
+        assert not exact(answer), f"{mistake['control']} went unnoticed: {answer}"
+    results = zip(cases, answers[: len(cases)], strict=True)
+    wrong = [(case, answer) for case, answer in results if not exact(answer)]
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases are off: {wrong[:3]}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_dense_form(world_size: int, folders: dict[str, str], tmp_path: Path) -> None:
+    cover = pairwise(PLACEMENT | METHOD)
+    check(world_size, [as_case(i, factors) for i, factors in enumerate(cover)], folders, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_dense_form_full_product(world_size: int, folders: dict[str, str], tmp_path: Path) -> None:
+    check(world_size, [as_case(i, factors) for i, factors in enumerate(full_product())], folders, tmp_path)

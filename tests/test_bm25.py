@@ -1,0 +1,75 @@
+"""BM25: the formula, the two ways to find words, ties and places without a document."""
+
+import math
+
+import numpy as np
+import pytest
+
+from toolkit.bm25 import SETTINGS, bm25_top_k, code_words, prose_words
+
+DOCUMENTS = [
+    "readFile path",
+    "read_file path path",
+    "write file",
+    "HTTPServer2Handler",
+    "other things entirely",
+    "write file",
+]
+
+
+def formula(query: str, code: bool) -> np.ndarray:
+    """Lucene's BM25 in plain fp64."""
+    split = code_words if code else prose_words
+    k1, b = SETTINGS["code" if code else "prose"]
+    documents = split(DOCUMENTS)
+    mean = sum(map(len, documents)) / len(documents)
+    scores = np.zeros(len(documents))
+    for word in split([query])[0]:
+        df = sum(word in document for document in documents)
+        idf = math.log(1 + (len(documents) - df + 0.5) / (df + 0.5))
+        for i, document in enumerate(documents):
+            tf = document.count(word)
+            scores[i] += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean))
+    return scores
+
+
+@pytest.mark.parametrize("code", [True, False])
+@pytest.mark.parametrize("query", ["path of the file", "write files", "read"])
+def test_scores_are_those_of_the_formula(query: str, code: bool):
+    scores, indices = bm25_top_k(DOCUMENTS, [query], 10, code=code)
+    expected = formula(query, code)
+    found = indices[0] >= 0
+    assert sorted(indices[0][found]) == np.flatnonzero(expected).tolist()  # no word in common: not found
+    np.testing.assert_allclose(scores[0][found], expected[indices[0][found]], rtol=1e-5)
+    assert (np.diff(scores[0]) <= 0).all()
+
+
+def test_ties_are_ordered_by_index_and_cut_there():
+    assert bm25_top_k(DOCUMENTS, ["write"], 10, code=True)[1][0].tolist() == [2, 5, -1, -1, -1, -1]
+    assert bm25_top_k(DOCUMENTS, ["write"], 1, code=True)[1][0].tolist() == [2]
+
+
+def test_queries_without_a_known_word_find_nothing():
+    scores, indices = bm25_top_k(DOCUMENTS, ["", "unheard", "the"], 3, code=False)
+    assert (indices == -1).all()
+    assert (scores == 0).all()
+
+
+def test_candidates_limit_what_is_found():
+    candidates = [np.array([1, 2, 4])]
+    unlimited = bm25_top_k(DOCUMENTS, ["read file"], 6, code=True)[1][0].tolist()
+    limited = bm25_top_k(DOCUMENTS, ["read file"], 6, code=True, candidates=candidates)[1][0].tolist()
+    assert [i for i in unlimited if i in (1, 2)] == [i for i in limited if i >= 0]
+    assert 0 in unlimited
+
+
+def test_words():
+    assert code_words(["def HTTPServer_v2(self): return readFile2"]) == [
+        ["def", "http", "server", "v2", "self", "return", "read", "file2"]
+    ]
+    assert prose_words(["The runners were running"]) == [["runner", "were", "run"]]
+
+
+def test_a_corpus_without_words_is_an_error():
+    with pytest.raises(ValueError, match="no document has a word"):
+        bm25_top_k(["", "!"], ["a"], 1, code=True)

@@ -1,0 +1,96 @@
+"""Embedding: order, batches, prefixes, ranks, and vectors that must not pass."""
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_on_ranks
+from retrievers import ragged_texts, tiny_retriever
+
+from toolkit.data.tokens import Tokens, pad, tokenize
+from toolkit.embed import embed_texts
+
+
+def alone(retriever, text: str, prefix: str) -> np.ndarray:
+    """The vector of one text in a batch of its own, without padding."""
+    settings = retriever.settings
+    rows = tokenize(retriever.tokenizer, [text], prefix, settings.eval_max_tokens, settings.append_eos)
+    with torch.inference_mode():
+        return retriever.encoder(pad(rows, 2))[0].numpy()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos"])
+@pytest.mark.parametrize("tokens_per_batch", [1, 100, 16384])
+def test_batches_do_not_change_the_vectors(pooling: str, tokens_per_batch: int):
+    retriever, texts = tiny_retriever(pooling=pooling), ragged_texts(37)
+    vectors = embed_texts(retriever, texts, "passage", tokens_per_batch)
+    expected = np.stack([alone(retriever, text, "w1 ") for text in texts])
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+    assert np.abs(vectors[1:] - expected[:-1]).max() > 0.1  # control: in another order they differ
+
+
+def test_padding_that_is_not_masked_would_be_seen():
+    retriever, texts = tiny_retriever(), ragged_texts(8)
+    rows = tokenize(retriever.tokenizer, texts, "w1 ", 48, True)
+    ids = pad(rows, 2).input_ids
+    with torch.inference_mode():
+        wrong = retriever.encoder(Tokens(ids, torch.ones_like(ids))).numpy()
+    assert np.abs(wrong - embed_texts(retriever, texts, "passage")).max() > 1e-2
+
+
+def test_prefix_is_that_of_the_kind():
+    retriever, texts = tiny_retriever(), ragged_texts(5)
+    for kind, prefix in (("query", "w0 "), ("passage", "w1 ")):
+        expected = np.stack([alone(retriever, text, prefix) for text in texts])
+        np.testing.assert_allclose(embed_texts(retriever, texts, kind), expected, rtol=0, atol=1e-5)
+
+
+def test_texts_are_cut_at_eval_max_tokens():
+    texts = ragged_texts(20)
+    short = embed_texts(tiny_retriever(eval_max_tokens=10), texts, "passage")
+    cut = embed_texts(tiny_retriever(), [" ".join(text.split()[:8]) for text in texts], "passage")
+    np.testing.assert_allclose(short, cut, rtol=0, atol=1e-5)  # prefix + 8 words + end token
+
+
+def test_identical_texts_run_once():
+    retriever, texts = tiny_retriever(), ragged_texts(6)
+    rows = []
+    retriever.encoder.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    vectors = embed_texts(retriever, [*texts, *texts, texts[2]], "query")
+    assert sum(rows) == 6
+    assert (vectors[:6] == vectors[6:12]).all()
+    assert (vectors[12] == vectors[2]).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_give_the_vectors_of_one_process(world_size: int, tmp_path):
+    """23 texts share out unevenly; of 3 texts the last of four ranks gets none."""
+    counts = [23, 3]
+    answer = run_on_ranks("embed_ranks.py", world_size, counts, tmp_path)
+    for count, per_rank in zip(counts, answer, strict=True):
+        expected = embed_texts(tiny_retriever(), ragged_texts(count), "passage")
+        assert len(per_rank) == world_size
+        for vectors in per_rank:
+            np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+
+
+def test_vectors_that_are_not_finite_are_an_error():
+    retriever, texts = tiny_retriever(), ["w5 w6", "w7", "w8"]
+    with torch.no_grad():
+        retriever.encoder.backbone.embed_tokens.weight[3 + 7] = torch.nan
+    with pytest.raises(ValueError, match=r"1 of 3 vectors are not finite; the first texts: \[1\]"):
+        embed_texts(retriever, texts, "passage")
+
+
+def test_one_vector_for_different_texts_is_an_error():
+    retriever = tiny_retriever()
+    with torch.no_grad():
+        retriever.encoder.backbone.embed_tokens.weight.fill_(1.0)
+    with pytest.raises(ValueError, match=r"collapsed: 3 different texts .* first texts: \[0, 1, 2\]"):
+        embed_texts(retriever, ["w5 w6", "w7", "w8"], "passage")
+    assert len(embed_texts(retriever, ["w5", "w5"], "passage")) == 2  # one text may have one vector
+
+
+def test_no_texts_is_an_error():
+    with pytest.raises(ValueError, match="no texts"):
+        embed_texts(tiny_retriever(), [], "query")

@@ -1,0 +1,69 @@
+"""Every shipped recipe loads and says what it must; recipes/README.md is current."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.recipe_reference import reference
+from toolkit.recipe import HubStart, RevelaObjective, batch_numbers, load_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ALL = sorted(RECIPES.rglob("*.json"))
+PAPER = sorted(RECIPES.glob("revela_*.json"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(RECIPES).as_posix())
+def test_a_shipped_recipe_loads_and_fits_one_and_two_ranks(path):
+    recipe = load_recipe(path)
+    assert recipe.name in (path.stem, f"tiny_{path.stem}")
+    for stage in recipe.stages:
+        for ranks in (1, 2):
+            numbers = batch_numbers(stage, ranks)
+            assert numbers["rows_per_step_global"] == stage.batch.pool * stage.batch.pools_per_step
+
+
+def test_the_shipped_recipes_are_these():
+    assert [path.relative_to(RECIPES).as_posix() for path in ALL] == [
+        "quickstart.json",
+        *(f"revela_{size}.json" for size in ("1b", "3b", "500m", "7b", "code_1b", "code_3b", "code_500m")),
+        "tiny/language_model.json",
+        "tiny/revela.json",
+    ]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_paper_recipe_has_the_papers_values(path):
+    recipe = load_recipe(path)
+    (stage,) = recipe.stages
+    objective, code = stage.objective, "code" in path.stem
+    assert isinstance(objective, RevelaObjective)
+    assert (objective.temperature, objective.similarity_dtype) == (1e-4, "bf16")
+    assert objective.v_norm is objective.half_query is not code
+    assert objective.language_model.start == HubStart(hub="meta-llama/Llama-3.2-1B")
+    for lora in (stage.lora, objective.language_model.lora):
+        assert lora is not None
+        assert (lora.rank, lora.alpha, lora.dropout, len(lora.targets)) == (256, 64, 0.1, 7)
+    optim = stage.optim
+    assert (optim.lr, optim.warmup_steps, optim.warmup, optim.schedule) == (1e-4, 100, "log", "linear")
+    assert optim.steps == (358_763 // 32 if code else 320_000 // 32)
+    assert (stage.batch.pool, stage.batch.pools_per_step) == (8 if path.stem[-2:] in ("3b", "7b") else 16, 32)
+    assert (stage.encoder.query_prefix, stage.encoder.passage_prefix) == ("query: ", "passage: ")
+    assert (stage.encoder.max_tokens, objective.language_model.max_tokens) == (157, 156)
+    for word in ("Paper", "authors' code", "Hardware", "Memory: estimate", "Hours:", "Not measured on GPU"):
+        assert word in recipe.description
+    assert ("EXTRAPOLATED" in recipe.description) == (path.stem == "revela_7b")
+
+
+def test_the_reference_is_current_and_names_every_key():
+    text = reference()
+    assert (RECIPES / "README.md").read_text(encoding="utf-8") == text, "run `make recipes`"
+    for path in ALL:
+        for key in keys(json.loads(path.read_text())):
+            assert f"| `{key}` |" in text
+
+
+def keys(value) -> set[str]:
+    if isinstance(value, list):
+        return {key for item in value for key in keys(item)}
+    return set(value) | keys(list(value.values())) if isinstance(value, dict) else set()

@@ -1,0 +1,100 @@
+"""Worker: what the collectives and the engine do on several ranks. Request: model folders; answer: figures by name."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import random_pools, revela_stage
+
+from toolkit import embed
+from toolkit.collectives import (
+    RankZeroFailed,
+    first_of_any_rank,
+    gather_with_grad,
+    on_rank_zero,
+    pool_mean,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from toolkit.prepare import on_every_rank
+from toolkit.recipe import RecipeError
+from toolkit.training.engine import build_engine, gather_trainable, train_step
+from toolkit.training.process_group import start_distributed
+
+CPU = torch.device("cpu")
+
+
+def gradient_of_two_gathers() -> list[float]:
+    """Two gathers share one incoming gradient; the backward of the first must leave it as it is."""
+    x, y = (torch.tensor([float(rank() + 1)], requires_grad=True) for _ in range(2))
+    weights = torch.tensor([1.0, 2.0]) * (rank() + 1)
+    ((gather_with_grad(x) + gather_with_grad(y)) * weights).sum().backward()
+    assert x.grad is not None and y.grad is not None
+    return [float(x.grad), float(y.grad)]
+
+
+def errors() -> dict[str, Any]:
+    def fail_on(where: int) -> str:
+        if rank() == where:
+            raise RecipeError(f"rank {where} has no disk")
+        return "fine"
+
+    said: dict[str, Any] = {}
+    try:
+        said["of_last"] = on_every_rank(lambda: fail_on(world_size() - 1))
+    except RecipeError as error:
+        said["of_last"] = str(error)
+    said["of_none"] = on_every_rank(lambda: fail_on(-1))
+    try:
+        on_rank_zero(lambda: fail_on(0))
+        said["of_zero"] = "nothing"
+    except (RecipeError, RankZeroFailed) as error:
+        said["of_zero"] = type(error).__name__
+    said["first"] = first_of_any_rank("" if rank() == 0 else f"from {rank()}, with ümlaut")
+    said["result"] = on_rank_zero(lambda: {"rank": rank()})
+    return said
+
+
+def rows_in_blocks() -> list[float]:
+    embed.ROWS_PER_GATHER = 2
+    own = torch.arange(3 * rank() + 1).float().numpy()[:, None] + 10 * rank()
+    return embed.gather_rows(own)[:, 0].tolist()
+
+
+def uneven_mean() -> list[float]:
+    """Mean over ranks of what pool_mean returns, for own sums and counts that differ."""
+    own_sum, own_count = torch.tensor(5.0 * (rank() + 1)), torch.tensor(4.0 ** rank())
+    return [float(sum_over_ranks(pool_mean(own_sum, own_count, span)) / world_size()) for span in ("world", "rank")]
+
+
+def first_update(folders: dict[str, str], zero: int, precision: str) -> float:
+    """Mean size of the adapters' B after one AdamW step from zero: Adam's first step is lr for every weight."""
+    stage = revela_stage(zero__stage=zero, precision=precision, optim__lr=1e-3, batch__pools_per_step=world_size())
+    engine = build_engine(stage, 3, CPU, Path(folders["llama"]), None, Path(folders["llama_lm"]))
+    train_step(engine, stage, [random_pools(world_size(), 8)[rank()]], 0, 3, 0.0, CPU)
+    weights = gather_trainable(engine.module, zero)
+    engine.destroy()
+    found = [weight.float().abs().mean() for name, weight in weights.items() if "lora_B" in name]
+    return float(torch.stack(found).mean()) if found else 0.0
+
+
+def main() -> None:
+    folders = json.loads(Path(sys.argv[-2]).read_text())
+    start_distributed()
+    answer = {
+        "two_gathers": gradient_of_two_gathers(),
+        "errors": errors(),
+        "blocks": rows_in_blocks(),
+        "uneven_mean": uneven_mean(),
+        "updates": {f"{p} {z}": first_update(folders, z, p) for p in ("fp32", "bf16") for z in range(4)},
+    }
+    everyone = first_of_any_rank("" if rank() != world_size() - 1 else json.dumps(answer))
+    if rank() == 0:
+        Path(sys.argv[-1]).write_text(json.dumps({"first": answer, "last": json.loads(everyone)}))
+
+
+if __name__ == "__main__":
+    main()

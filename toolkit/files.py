@@ -1,0 +1,31 @@
+"""Files and folders that are there whole or not at all. Called by whatever writes results."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new one, never a part."""
+    work = path.with_name(f".{path.name}.writing")
+    work.write_text(text, encoding="utf-8")
+    os.replace(work, path)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` when the block ends well."""
+    work = folder.with_name(f".{folder.name}.writing")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (work, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    work.mkdir(parents=True)
+    yield work
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(work, folder)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,24 @@
+"""The retriever: a backbone, a pooling and a normalisation."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.data.tokens import Tokens
+from toolkit.models.pooling import pool
+
+
+class Encoder(nn.Module):
+    """Tokens -> vectors [rows, dim], unit length if `normalize` (fp32; fp64 for an fp64 backbone)."""
+
+    def __init__(self, backbone: nn.Module, pooling: str, normalize: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = pooling
+        self.normalize = normalize
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        states = self.backbone(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
+        ).last_hidden_state
+        vectors = pool(states, tokens.attention_mask, self.pooling)
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors

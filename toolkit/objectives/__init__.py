@@ -1,0 +1,48 @@
+"""Objectives: one file, one method, one nn.Module whose forward is its loss. The training loop knows no other type."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.models.encoder import Encoder
+from toolkit.recipe import LanguageModelObjective, RevelaObjective, Stage
+
+
+class Loss(NamedTuple):
+    """What an objective returns: `total` with its graph; `parts` for the log, name -> detached (sum, count)."""
+
+    total: Tensor
+    parts: dict[str, tuple[Tensor, Tensor]]
+
+
+class Objective(nn.Module):
+    """What DeepSpeed wraps; called only as engine(batch)."""
+
+    encoder: Encoder  # what export writes
+
+    def forward(self, batch: Any) -> Loss:
+        raise AssertionError("an objective defines forward")
+
+
+def build_objective(
+    stage: Stage, seed: int, device: torch.device | str, folder: Path, adapter: Path | None, lm_folder: Path | None
+) -> Objective:
+    """The objective of a stage with its models loaded.
+
+    Args:
+        folder: the retriever's base model.
+        adapter: an adapter of the retriever to continue, or None.
+        lm_folder: Revela's language model; None for the other methods.
+    """
+    match stage.objective:
+        case LanguageModelObjective():
+            from toolkit.objectives.language_model import build_language_model
+
+            return build_language_model(stage, device, folder)
+        case RevelaObjective():
+            from toolkit.objectives.revela import build_revela
+
+            assert lm_folder is not None
+            return build_revela(stage, stage.objective, seed, device, folder, adapter, lm_folder)

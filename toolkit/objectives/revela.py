@@ -1,0 +1,134 @@
+"""Revela (arXiv 2506.16552): the retriever's similarities weight what a language model reads of the other passages.
+
+One next-token loss trains both; the language model is thrown away afterwards.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, rank
+from toolkit.data.spans import RevelaBatch
+from toolkit.losses.language import num_predicted
+from toolkit.models.backbone import DTYPES, add_lora, check_window, load_causal_lm, load_encoder_backbone, read_config
+from toolkit.models.encoder import Encoder
+from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, PoolMemory
+from toolkit.objectives import Loss, Objective
+from toolkit.objectives.language_model import recompute_layers
+from toolkit.recipe import Lora, RevelaObjective, Stage
+from toolkit.slicing import in_slices
+
+LEARNING_ROW = 1e-3  # a row learns if 1 - sum_j w_ij^2, the trace of its softmax's Jacobian, is above this
+
+
+class Revela(Objective):
+    """Mean next-token loss over a pool, each passage read with the others weighted by the retriever."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        language_model: InBatchLanguageModel,
+        settings: RevelaObjective,
+        span: str,
+        forward_rows: int | None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.language_model = language_model
+        self.settings = settings
+        self.span = span
+        self.forward_rows = forward_rows
+
+    def forward(self, batch: RevelaBatch) -> Loss:
+        query, passage = (in_slices(self.encoder, self.forward_rows, side) for side in (batch.query, batch.passage))
+        weights = self.weights(query, gather_with_grad(passage) if self.span == "world" else passage)
+        keys_values, plain = in_slices(
+            lambda text: self.language_model.keys_values(text, self.settings.dual_loss), self.forward_rows, batch.text
+        )
+        memory = self.memory(keys_values, batch.text.attention_mask)
+        in_batch = in_slices(
+            lambda text, w: self.language_model.row_nll(text, w, memory), self.forward_rows, batch.text, weights
+        )
+        tokens = num_predicted(batch.text.attention_mask)
+        nll = in_batch.sum() + plain.sum() if self.settings.dual_loss else in_batch.sum()
+        parts = self._parts(weights.detach(), batch.document)
+        for name, row_sums in {"in_batch_nll": in_batch, "plain_nll": plain, "gain": plain - in_batch}.items():
+            parts[name] = (row_sums.detach().sum(), tokens)
+        return Loss(pool_mean(nll, tokens, self.span), parts)
+
+    def weights(self, query: Tensor, passage: Tensor) -> Tensor:
+        """w = softmax over the *other* passages of q_i . p_j / tau: [rows, S].
+
+        All in the recipe's similarity_dtype: at tau = 1e-4 the number format decides which rows have ties, and so a
+        gradient. query [rows, dim] are this rank's; passage [S, dim] are the whole pool's.
+        """
+        dtype = DTYPES[self.settings.similarity_dtype]
+        similarity = query.to(dtype) @ passage.to(dtype).T
+        own = torch.arange(len(query), device=query.device) + self._first_row(len(query))
+        itself = F.one_hot(own, len(passage)).bool()
+        return (similarity / self.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
+
+    def memory(self, keys_values: Tensor, attention_mask: Tensor) -> PoolMemory:
+        """Keys and values of the whole pool [S, 2, layers, G, L, d]; gathered once for all layers."""
+        lengths = attention_mask.sum(1)
+        if self.settings.detach_kv:
+            keys_values = keys_values.detach()
+        if self.span == "world":
+            length = max_over_ranks(keys_values.shape[-2], keys_values.device)
+            keys_values = F.pad(keys_values, (0, 0, 0, length - keys_values.shape[-2]))
+            keys_values, lengths = gather_with_grad(keys_values), gather(lengths)
+        return PoolMemory(keys_values, tuple(lengths.tolist()))
+
+    def _first_row(self, rows: int) -> int:
+        return rank() * rows if self.span == "world" else 0
+
+    def _parts(self, weights: Tensor, document: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Row entropy (nats), weight on passages of the same document, and whether a row learns at all."""
+        weights = weights.float()
+        documents = gather(document) if self.span == "world" else document
+        same = (document[:, None] == documents[None]).float()
+        rows = torch.tensor(float(len(weights)), device=weights.device)
+        return {
+            "row_entropy": (torch.special.entr(weights).sum(), rows),
+            "weight_same_document": ((weights * same).sum(), rows),
+            "rows_with_gradient": ((1 - weights.square().sum(1) > LEARNING_ROW).float().sum(), rows),
+        }
+
+
+def build_revela(
+    stage: Stage,
+    settings: RevelaObjective,
+    seed: int,
+    device: torch.device | str,
+    folder: Path,
+    adapter: Path | None,
+    lm_folder: Path,
+) -> Revela:
+    """The objective of a `revela` stage, in training mode; `adapter` is continued, else a new one is made."""
+    dtype = DTYPES[stage.precision]
+    check_window(read_config(lm_folder), settings.language_model.max_tokens)
+    backbone = _adapted(load_encoder_backbone(folder, dtype, device), stage.lora, adapter, False, seed)
+    causal_lm = load_causal_lm(lm_folder, dtype, INBATCH_ATTENTION, device)
+    causal_lm = _adapted(causal_lm, settings.language_model.lora, None, True, seed + 1)
+    for model in (backbone, causal_lm):
+        model.train()
+        if stage.activation_checkpointing:
+            recompute_layers(model)
+    return Revela(
+        Encoder(backbone, stage.encoder.pooling, stage.encoder.normalize),
+        InBatchLanguageModel(causal_lm, settings.v_norm),
+        settings,
+        stage.batch.span,
+        stage.batch.forward_rows,
+    )
+
+
+def _adapted(model: nn.Module, lora: Lora | None, adapter: Path | None, causal: bool, seed: int) -> nn.Module:
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # pyright: ignore[reportArgumentType]
+    if lora is None:
+        return model
+    return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, causal, seed)

@@ -1,0 +1,339 @@
+"""One-off artefacts of a stage, cached by digest below <run>/prepared/: passages, a built model; and where models are.
+
+Called by training on every rank: rank 0 does the work, and if it fails every rank raises the same RecipeError.
+"""
+
+import hashlib
+import json
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from toolkit.collectives import first_of_any_rank, on_rank_zero, rank
+from toolkit.data import stdlib_corpus
+from toolkit.data.records import fingerprint, read_source
+from toolkit.data.spans import PassageStore, cut, write_store
+from toolkit.files import replacing_folder
+from toolkit.models.backbone import build_llama, llama_config
+from toolkit.recipe import (
+    BuildModel,
+    BuildStart,
+    BuildTokenizer,
+    Data,
+    FolderStart,
+    HubStart,
+    RecipeError,
+    StdlibSource,
+)
+
+MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other formats live in subfolders
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class ModelSource(NamedTuple):
+    """A model on disk."""
+
+    folder: Path  # config.json, safetensors, tokenizer
+    name: str  # what an adapter names as its base: the hub id, or the absolute folder
+    adapter: Path | None = None  # an adapter of the previous stage to continue
+
+
+# --------------------------------------------------------------------------- where models are
+
+
+def resolve_model(
+    start: HubStart | FolderStart | BuildStart | Literal["previous"],
+    *,
+    previous: Path | None,
+    previous_kind: Literal["encoder", "lm"],
+    built: Path | None,
+) -> ModelSource:
+    """The model that a `start` key names, downloaded if need be (safetensors and json only, no code).
+
+    Args:
+        previous: folder of the stage before, for start "previous".
+        previous_kind: "encoder": its export (adapter and base, if it holds an adapter); "lm": its export/lm.
+        built: what build_start returned, for start {"build": ...}.
+
+    Raises:
+        RecipeError: one line with the fix, the same on every rank.
+    """
+    match start:
+        case HubStart():
+            return ModelSource(_download(start.hub), start.hub)
+        case FolderStart():
+            return _in_folder(Path(start.folder).expanduser())
+        case BuildStart():
+            assert built is not None
+            return _in_folder(built)
+        case "previous":
+            assert previous is not None
+            export = previous / "export" if previous_kind == "encoder" else previous / "export" / "lm"
+            adapted = on_rank_zero((export / "adapter_config.json").is_file)
+            return _with_adapter(export) if adapted else _in_folder(export)
+
+
+def _in_folder(folder: Path) -> ModelSource:
+    _check_model_folder(folder, str(folder))
+    return ModelSource(folder.absolute(), str(folder.absolute()))
+
+
+def _with_adapter(export: Path) -> ModelSource:
+    name = json.loads((export / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = _in_folder(Path(name)) if Path(name).is_absolute() else ModelSource(_download(name), name)
+    return base._replace(adapter=export.absolute())
+
+
+def _check_model_folder(folder: Path, name: str) -> None:
+    if not folder.is_dir():
+        raise RecipeError(f"start: the folder {name} does not exist; name a folder that holds a model")
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("weights (*.safetensors; convert other formats with save_pretrained)")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        missing.append("tokenizer (tokenizer.json)")
+    if missing:
+        adapter = (folder / "adapter_config.json").is_file()
+        fix = (
+            "it holds an adapter, so name its base or an export with merged weights"
+            if adapter
+            else "add what is missing"
+        )
+        raise RecipeError(f"start: {name} lacks {', '.join(missing)}; {fix}")
+
+
+def on_every_rank(work: Callable[[], Any]) -> Any:
+    """What `work` returns, on each rank its own; a RecipeError of any rank is raised on all of them."""
+    result, problem = None, ""
+    try:
+        result = work()
+    except RecipeError as error:
+        problem = str(error)
+    problem = first_of_any_rank(problem)
+    if problem:
+        raise RecipeError(problem)
+    return result
+
+
+def _download(hub: str) -> Path:
+    """The local snapshot of a hub model: rank 0 first, then the others, who find it done or have their own disk."""
+    path = Path(_together(lambda: _snapshot(hub)))
+    return Path(on_every_rank(lambda: path if rank() == 0 else _snapshot(hub)))
+
+
+def _snapshot(hub: str) -> str:
+    try:
+        path = snapshot_download(hub, allow_patterns=MODEL_FILES, ignore_patterns=NOT_MODEL_FILES)
+    except (OSError, ValueError, HTTPError) as error:  # the hub's own errors are kinds of these
+        raise RecipeError(f"start: {hub}: {hub_problem(hub, error)}") from None
+    _check_model_folder(Path(path), hub)
+    return path
+
+
+def hub_problem(hub: str, error: Exception) -> str:
+    """What kept a model on the hub from being read, and the way out, in one line."""
+    local = 'or put the model in a folder and write {"folder": "<path>"}'
+    page = f"https://huggingface.co/{hub}"
+    match error:
+        case GatedRepoError():
+            return f"access is restricted; ask for it at {page} and set HF_TOKEN to a token of that account, {local}"
+        case RepositoryNotFoundError():
+            return f"not found on the hub; mend the id, set HF_TOKEN if it is private, {local}"
+        case HFValidationError():
+            return f"not a hub id (owner/name); mend it, {local}"
+        case LocalEntryNotFoundError():
+            return f"the hub cannot be reached and the model is not in the local cache; connect to the network, {local}"
+        case HfHubHTTPError():
+            status = error.response.status_code
+            fix = f"ask for access at {page} and set HF_TOKEN" if status in (401, 403) else "try again later"
+            return f"the hub answered with HTTP status {status}; {fix}, {local}"
+        case _:
+            return f"the download broke off ({type(error).__name__}); start again to go on with it, {local}"
+
+
+def _together(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on every rank; a RecipeError there is raised on every rank."""
+
+    def outcome() -> list[Any]:
+        try:
+            return [work(), None]
+        except RecipeError as error:
+            return [None, str(error)]
+
+    result, problem = on_rank_zero(outcome)
+    if problem is not None:
+        raise RecipeError(problem)
+    return result
+
+
+# --------------------------------------------------------------------------- passages
+
+
+def prepare_passages(data: Data, run: Path) -> PassageStore:
+    """The passages of a stage's sources, cut and stored once below `run`, which all nodes must see.
+
+    Raises:
+        RecipeError: for malformed or empty data, the same on every rank.
+    """
+
+    def write() -> str:
+        folder = run / "prepared" / f"passages_{_data_digest(data)}"
+        if not folder.is_dir():
+            counts: Counter[str] = Counter()
+            groups = [
+                source for source in data.sources if not isinstance(source, StdlibSource) and source.format == "groups"
+            ]
+            with replacing_folder(folder) as work:
+                write_store(_passages(data, counts), work, "groups" if groups else "documents")
+                if not counts["passages"]:
+                    raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
+            _announce(data, counts, PassageStore.open(folder))
+        return str(folder)
+
+    folder = Path(_together(write))
+
+    def read() -> PassageStore:
+        try:
+            return PassageStore.open(folder)
+        except FileNotFoundError:
+            node = socket.gethostname()
+            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
+
+    return on_every_rank(read)
+
+
+def _passages(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]:
+    """(passage, number of its document) of all sources; the numbers rise by one."""
+    document = -1
+    for source in data.sources:
+        previous: str | None = None
+        for text_or_group, cut_here, name in _records(source, counts):
+            passages = _cut(text_or_group[0], data) if cut_here else text_or_group
+            if not passages:
+                counts["empty"] += 1
+                continue
+            document += name is None or name != previous
+            previous = name
+            for passage in passages:
+                counts["passages"] += 1
+                yield passage, document
+
+
+def _records(source: Any, counts: Counter[str]) -> Iterator[tuple[list[str], bool, str | None]]:
+    """(texts, whether to cut them, the document's name) of each row of a source."""
+    if isinstance(source, StdlibSource):
+        for _, text in stdlib_corpus.training_files():
+            counts["rows"] += 1
+            yield [text], True, None
+    else:
+        for record in read_source(source, counts):
+            yield record.texts, source.format == "documents", record.document
+
+
+def _cut(text: str, data: Data) -> list[str]:
+    assert data.passages is not None  # the recipe demands it of documents
+    return cut(text, data.passages.unit, data.passages.max_words)
+
+
+def _data_digest(data: Data) -> str:
+    sources = [
+        stdlib_corpus.summary()["digest"] if isinstance(source, StdlibSource) else fingerprint(source)
+        for source in data.sources
+    ]
+    return hashlib.sha256(json.dumps([data.model_dump(mode="json"), sources]).encode()).hexdigest()[:16]
+
+
+def _announce(data: Data, counts: Counter[str], store: PassageStore) -> None:
+    meta = store.meta
+    library = stdlib_corpus.summary() if any(isinstance(source, StdlibSource) for source in data.sources) else {}
+    print(
+        f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
+        f"{meta['documents']:,} documents, {meta['passages']:,} passages, digest {meta['digest']}"
+        + "".join(f"; {key.replace('_', ' ')} {value}" for key, value in library.items()),
+        flush=True,
+    )
+
+
+# --------------------------------------------------------------------------- a model from nothing
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+# Pieces of source code: acronyms, capitalised or lower-case words, other letters, up to 3 digits, underscores, other
+# marks (each with the space before it), white space; so HTTPServer_v12 gives HTTP, Server, _, v, 12.
+_IDENTIFIERS = (
+    r" ?\p{Lu}+(?!\p{Ll})| ?\p{Lu}?[\p{Ll}\p{M}]+| ?[\p{Lt}\p{Lm}\p{Lo}\p{M}]+| ?\p{N}{1,3}| ?_+"
+    r"| ?[^\s\p{L}\p{M}\p{N}_]+|\s+(?!\S)|\s+"
+)
+
+
+def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
+    """A folder with a tokenizer trained on the stage's passages and a small Llama with random weights.
+
+    Raises:
+        RecipeError: for malformed or empty data, the same on every rank.
+    """
+    store = prepare_passages(data, run)
+    key = json.dumps([build.model_dump(mode="json"), store.digest, seed])
+    folder = run / "prepared" / f"start_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def write() -> None:
+        if not folder.is_dir():
+            with replacing_folder(folder) as work:
+                tokenizer = train_tokenizer(build.tokenizer, (store.texts([i])[0] for i in range(len(store))))
+                vocabulary = tokenizer.get_vocab()
+                config = llama_config(build.model_dump(), vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
+                # With a padding id the embedding of that token, here the end token, would be zero and never learn.
+                config.pad_token_id = None
+                build_llama(config, seed).save_pretrained(work)  # pyright: ignore[reportCallIssue]
+                tokenizer.save_pretrained(work)
+
+    _together(write)
+    return folder
+
+
+def train_tokenizer(settings: BuildTokenizer, texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that puts a begin token before every text and gives every text back exactly.
+
+    Special tokens are <|bos|> and <|eos|> (padding too); the same words in a text are ordinary text.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    if settings.split_identifiers:
+        split = pre_tokenizers.Split(Regex(_IDENTIFIERS), behavior="isolated")
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        padding_side="right",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,160 @@
+"""Reading a recipe file and saying what is wrong with it: JSON, overrides, and pydantic's errors as path, problem, fix.
+
+Called by toolkit.recipe alone; everyone else takes RecipeError from there.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, Tag, ValidationError
+
+
+class RecipeError(Exception):
+    """A mistake the user can mend: one line per problem, each with its path and its fix."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; RecipeError for anything else, a key written twice included."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RecipeError(
+                "\n".join(f"{path}: key {name!r} is written twice in one section; keep one" for name in twice)
+            )
+        return dict(pairs)
+
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); mend it there"
+        ) from None
+    except RecursionError:
+        raise RecipeError(f"{path}: sections are nested too deeply for a recipe; flatten them") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise RecipeError(f"{path}: a value cannot be read ({error}); write a smaller one") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a JSON object; found {_shown(raw)}; write {{...}}")
+    return raw
+
+
+def override(raw: dict[str, Any], assignments: tuple[str, ...]) -> None:
+    """Set each `key.path=value` in `raw`; the value is JSON, or a plain string when it is not valid JSON."""
+    problems = [problem for text in assignments if (problem := _set(raw, text))]
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _set(raw: dict[str, Any], text: str) -> str | None:
+    """Apply one assignment; returns what is wrong with it."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return f"--set {text}: not an assignment; write --set key.path=value"
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    node: Any = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return f"--set {text}: {'.'.join(parents[: depth + 1])} is not in the recipe; name a section that is"
+    if isinstance(node, dict):
+        node[last] = parsed
+    elif isinstance(node, list) and last.isdecimal() and int(last) < len(node):
+        node[int(last)] = parsed
+    elif isinstance(node, list):
+        return f"--set {text}: {'.'.join(parents)} has entries 0 to {len(node) - 1}; name one of them"
+    else:
+        return f"--set {text}: {'.'.join(parents)} is {_shown(node)}, not a section; set it as a whole"
+    return None
+
+
+def explain(root: type[BaseModel], invalid: ValidationError) -> list[str]:
+    """Every problem pydantic found, as `path: problem; fix`; a key missing because it is misspelt is said once."""
+    found = [_explain(root, error) for error in invalid.errors(include_url=False)]
+    misspelt = {meant for _, _, meant in found if meant}
+    return [
+        f"{path}: {problem}" for path, problem, _ in found if not (problem.startswith("missing") and path in misspelt)
+    ]
+
+
+def _explain(root: type[BaseModel], error: Any) -> tuple[str, str, str | None]:
+    """(path, problem and fix, path of the key that was meant)."""
+    path, owners = _place(root, error["loc"])
+    parent, _, last = path.rpartition(".")
+    match error["type"]:
+        case "extra_forbidden":
+            known = sorted({name for owner in owners for name in owner.model_fields})
+            hint, meant = _did_you_mean(last, known)
+            return path, f"unknown key; {hint}", f"{parent}.{meant}".lstrip(".") if meant else None
+        case "missing":
+            what = {owner.model_fields[last].description for owner in owners if last in owner.model_fields}
+            about = "".join(f": {text[0].lower()}{text[1:].rstrip('.')}" for text in what if text)
+            return path, f"missing; add this key{about}", None
+        case "union_tag_invalid":
+            hint, _ = _did_you_mean(str(error["ctx"]["tag"]), re.findall(r"'(\w+)'", error["ctx"]["expected_tags"]))
+            return f"{path}.name", f"{error['ctx']['tag']!r} is unknown; {hint}", None
+        case "union_tag_not_found":
+            return f"{path}.name", "missing; add this key", None
+        case "string_pattern_mismatch":
+            return path, f"{_shown(error['input'])} is no name; use letters, digits, '_', '-' and '.'", None
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return path, f"must be a section; write {{...}} in place of {_shown(error['input'])}", None
+        case _:
+            return path, f"{error['msg'][0].lower()}{error['msg'][1:]}; found {_shown(error['input'])}", None
+
+
+def _place(root: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str, set[type[BaseModel]]]:
+    """The path of an error as the file writes it (pydantic adds the tags of unions), and the section that holds it."""
+    path: list[str] = []
+    owners, inside, tags = {root}, {root}, {}
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif tags:
+            inside, tags = {tags[part]} if part in tags else set(), {}
+        else:
+            path.append(part)
+            owners = inside
+            hints = [get_type_hints(owner, include_extras=True).get(part) for owner in owners]
+            arms = [arm for hint in hints for arm in _sections(hint)]
+            inside, tags = {section for _, section in arms}, {tag: section for tag, section in arms if tag}
+    return ".".join(path), owners
+
+
+def _sections(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:
+    """Every section that can stand at an annotation (through lists, options and unions), with its tag in the union."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        if issubclass(annotation, BaseModel):
+            name = annotation.model_fields.get("name")
+            fixed = get_args(name.annotation) if name and get_origin(name.annotation) is Literal else ()
+            yield (fixed[0] if fixed else tag), annotation
+        return
+    for part in get_args(annotation):
+        own = next((meta.tag for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, Tag)), None)
+        yield from _sections(part, own or tag)
+
+
+def _did_you_mean(word: str, known: list[str]) -> tuple[str, str | None]:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]}?", close[0]) if close else (f"known: {', '.join(known)}", None)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,134 @@
+"""The DeepSpeed engine around an objective: build it, run one optimizer step, read whole weights out of it.
+
+Called by the loop. Every function is collective: all ranks call it.
+"""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from toolkit.collectives import rank, world_size
+from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
+from toolkit.determinism import seed_step
+from toolkit.objectives import Loss, Objective, build_objective
+from toolkit.recipe import EncoderSettings, Stage
+from toolkit.training.deepspeed_config import ds_config
+from toolkit.training.metrics import reduce_losses
+from toolkit.training.numbers import check_gradients
+from toolkit.training.schedule import learning_rate
+
+
+def build_engine(
+    stage: Stage,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    adapter: Path | None,
+    lm_folder: Path | None,
+    **changes: Any,
+) -> Any:
+    """The DeepSpeed engine around the stage's objective.
+
+    Args:
+        folder, adapter, lm_folder: as in build_objective.
+        changes: keys of `zero_optimization` to replace (tests make buckets small enough to matter).
+
+    Raises:
+        ValueError: if the models and the recipe do not fit, e.g. LoRA targets that match no module.
+        RecipeError: for full fine-tuning of a multi-billion model in slices.
+    """
+    objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    check_gradients(stage, sum(p.numel() for p in trainable))
+    config = ds_config(stage, world_size())
+    config["zero_optimization"] |= changes
+    config["optimizer"]["params"]["lr"] = 0.0  # DeepSpeed may step once to make its states; train_step sets the rate
+    engine: Any
+    engine, *_ = deepspeed.initialize(model=objective, model_parameters=trainable, config=config)  # pyright: ignore
+    if stage.zero.stage == 0 and stage.precision == "bf16":
+        engine.optimizer.optimizer.state.clear()  # that step counted: Adam's bias correction would be one late
+    return engine
+
+
+def train_step(
+    engine: Any, stage: Stage, batches: list[Any], step: int, seed: int, waited: float, device: torch.device
+) -> dict[str, float]:
+    """One optimizer step over this rank's forwards; returns its scalars, equal on all ranks."""
+    seed_step(seed, step, rank())
+    lr = learning_rate(stage.optim, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    losses, tokens, norm = [], 0, None
+    for batch in batches:
+        batch = to_device(batch, device)
+        tokens += int(_num_tokens(batch))
+        loss = engine(batch)
+        engine.backward(loss.total)
+        losses.append(Loss(loss.total.detach(), loss.parts))
+        if len(losses) == len(batches):
+            norm = _plain_norm(engine, stage)
+        engine.step()
+    values = reduce_losses(losses, tokens, waited, device)
+    values["lr"] = lr
+    values["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
+    return values
+
+
+def _plain_norm(engine: Any, stage: Stage) -> Tensor | None:
+    """Gradient norm before clipping at ZeRO stage 0 in fp32, where DeepSpeed does not report one."""
+    if stage.zero.stage or stage.precision != "fp32":
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch (nested NamedTuples of tensors) on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return type(batch)(*(to_device(part, device) for part in batch))
+
+
+def _num_tokens(batch: Any) -> Tensor:
+    """Real tokens of all texts of a batch."""
+    return torch.stack([part.attention_mask.sum() for part in batch if isinstance(part, Tokens)]).sum()
+
+
+@torch.no_grad()
+def live_vectors(
+    objective: Objective, tokenizer: Any, settings: EncoderSettings, texts: list[str], device: torch.device
+) -> dict[str, np.ndarray]:
+    """Vectors of a few texts from the model in training, as queries and as passages; called on all ranks (ZeRO-3)."""
+    objective.eval()
+    vectors = {}
+    for kind, prefix in (("query", settings.query_prefix), ("passage", settings.passage_prefix)):
+        rows = tokenize(tokenizer, texts, prefix, settings.eval_max_tokens, settings.append_eos)
+        vectors[kind] = objective.encoder(to_device(pad(rows, pad_id(tokenizer)), device)).float().cpu().numpy()
+    objective.train()
+    return vectors
+
+
+def gather_trainable(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
+    """Whole trainable weights on the CPU of rank 0 (elsewhere empty); called on all ranks."""
+    weights = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
+                if rank() == 0:
+                    weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
+def release(engine: Any) -> Objective:
+    """Give back the memory of an engine; its objective is left without weights, on the meta device."""
+    objective = engine.module
+    engine.destroy()
+    objective.zero_grad(set_to_none=True)
+    objective.to("meta")
+    gc.collect()
+    torch.cuda.empty_cache()
+    return objective

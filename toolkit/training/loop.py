@@ -1,0 +1,244 @@
+"""One stage of a recipe: build, resume, step, log, save, export. Knows no method: the engine's module is the loss.
+
+Called by the launcher on every rank.
+"""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from toolkit.collectives import on_rank_zero, rank, world_size
+from toolkit.data.spans import PassageStore, PoolPlan, collate_language_model, collate_revela
+from toolkit.data.stream import Stream
+from toolkit.export import write_export
+from toolkit.export_check import check_export
+from toolkit.models.backbone import DTYPES, load_tokenizer
+from toolkit.objectives import Objective
+from toolkit.objectives.language_model import LanguageModel
+from toolkit.prepare import ModelSource, build_start, prepare_passages, resolve_model
+from toolkit.recipe import BuildStart, LanguageModelObjective, Recipe, RecipeError, Stage
+from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
+from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
+from toolkit.training.metrics import Log, peak_memory_gib
+from toolkit.training.numbers import derived, render
+
+CHECKED_TEXTS = 8  # passages whose live vectors the reloaded export must reproduce
+
+
+class StageResult(NamedTuple):
+    """What a finished stage leaves: its export, how far it got, and the figures of the reload check."""
+
+    export: Path
+    steps: int
+    tokens: int
+    check: dict[str, float]
+
+
+class Sources(NamedTuple):
+    """Where a stage's models come from."""
+
+    retriever: ModelSource
+    language_model: ModelSource | None
+
+
+def stage_folder(run: Path, recipe: Recipe, index: int) -> Path:
+    """The folder of a stage below the run folder."""
+    return run / f"stage_{index}_{recipe.stages[index].name}"
+
+
+def stage_sources(recipe: Recipe, index: int, run: Path) -> Sources:
+    """Local folders of a stage's models; built, downloaded or the export of the stage before."""
+    stage = recipe.stages[index]
+    previous = stage_folder(run, recipe, index - 1) if index else None
+    built = None
+    if isinstance(stage.start, BuildStart):
+        built = build_start(stage.start.build, stage.data, recipe.seed, run)
+    retriever = resolve_model(stage.start, previous=previous, previous_kind=_kind(stage), built=built)
+    if isinstance(stage.objective, LanguageModelObjective):
+        return Sources(retriever, None)
+    lm_start = stage.objective.language_model.start
+    return Sources(retriever, resolve_model(lm_start, previous=previous, previous_kind="lm", built=None))
+
+
+def _kind(stage: Stage) -> Any:
+    return "lm" if isinstance(stage.objective, LanguageModelObjective) else "encoder"
+
+
+def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> StageResult:
+    """Train a stage to its last step and export it, going on from its newest checkpoint.
+
+    Raises:
+        RecipeError: for anything the user can mend, on all ranks.
+    """
+    stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
+    store = prepare_passages(stage.data, run)
+    plan = PoolPlan(store.document, store.group_size, stage.batch.pool, stage.data.interleave, recipe.seed + index)
+    sources = stage_sources(recipe, index, run)
+    base, adapter = sources.retriever.folder, sources.retriever.adapter
+    engine = build_engine(
+        stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
+    )
+    tokenizer = load_tokenizer(base)
+    digest = recipe.digest(index)
+    state = load_newest(engine, folder / "checkpoints", digest) or RunState(0, 0, digest, world_size())
+    _announce(stage, engine, store, plan, state)
+    with Stream(
+        plan,
+        store,
+        _collate(stage, tokenizer, sources),
+        pools_per_step=stage.batch.pools_per_step,
+        start_step=state.step,
+        num_steps=stage.optim.steps,
+        span=stage.batch.span,
+        rank=rank(),
+        world_size=world_size(),
+    ) as stream:
+        state = _run_steps(engine, stream, recipe, index, run, state, device)
+    texts = store.texts(np.arange(min(CHECKED_TEXTS, len(store))))
+    live = live_vectors(engine.module, tokenizer, stage.encoder, texts, device)
+    weights = gather_trainable(engine.module, stage.zero.stage)
+    objective = release(engine)  # what is left gives the export its structure; the reloaded model needs the memory
+    check = on_rank_zero(
+        lambda: _export(recipe, index, run, objective, weights, sources, tokenizer, store, state, texts, live, device)
+    )
+    return StageResult(folder / "export", state.step, state.tokens, check)
+
+
+def _collate(stage: Stage, tokenizer: Any, sources: Sources) -> Any:
+    objective = stage.objective
+    if isinstance(objective, LanguageModelObjective):
+        return lambda texts, document: collate_language_model(texts, document, tokenizer, objective.max_tokens)
+    assert sources.language_model is not None
+    lm_tokenizer = load_tokenizer(sources.language_model.folder)
+    return lambda texts, document: collate_revela(
+        texts,
+        document,
+        tokenizer=tokenizer,
+        lm_tokenizer=lm_tokenizer,
+        encoder=stage.encoder,
+        half_query=objective.half_query,
+        lm_max_tokens=objective.language_model.max_tokens,
+    )
+
+
+def _run_steps(
+    engine: Any, stream: Stream, recipe: Recipe, index: int, run: Path, state: RunState, device: torch.device
+) -> RunState:
+    stage = recipe.stages[index]
+    first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
+    log = Log(run, stage.name, first_step, state.step) if rank() == 0 else None
+    bar = tqdm(
+        total=stage.optim.steps, initial=state.step, desc=stage.name, unit="step", disable=rank() != 0, mininterval=2
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    engine.train()
+    began = time.perf_counter()
+    for data in stream:
+        waited = time.perf_counter() - began
+        values = train_step(engine, stage, data.batches, data.step, recipe.seed, waited, device)
+        spent = time.perf_counter() - began
+        state = state._replace(step=data.step + 1, tokens=state.tokens + int(values["tokens"]))
+        if log is not None:
+            values |= {
+                "tokens_per_s": values["tokens"] / spent,
+                "rows_per_s": stage.batch.pool * stage.batch.pools_per_step / spent,
+                "data_wait": values["data_wait"] / spent,
+                "peak_memory_gib": peak_memory_gib(device),
+            }
+            log.write(state.step, values | {"rows": data.digest})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            bar.update()
+        if state.step % stage.save.every == 0 or state.step == stage.optim.steps:
+            save_checkpoint(engine, stage_folder(run, recipe, index) / "checkpoints", state, stage.save.keep)
+        began = time.perf_counter()
+    bar.close()
+    if log is not None:
+        log.close()
+    return state
+
+
+def _export(
+    recipe: Recipe,
+    index: int,
+    run: Path,
+    objective: Objective,
+    weights: dict[str, Tensor],
+    sources: Sources,
+    tokenizer: Any,
+    store: PassageStore,
+    state: RunState,
+    texts: list[str],
+    live: dict[str, np.ndarray],
+    device: torch.device,
+) -> dict[str, float]:
+    """Write export/ and check that a fresh process gets the live vectors from it."""
+    stage, folder = recipe.stages[index], stage_folder(run, recipe, index) / "export"
+    causal_lm = objective.causal_lm if isinstance(objective, LanguageModel) else None
+    write_export(
+        folder,
+        backbone=objective.encoder.backbone,
+        state=_below(weights, "causal_lm.model." if causal_lm else "encoder.backbone."),
+        language_model=(causal_lm, _below(weights, "causal_lm.")) if causal_lm else None,
+        settings=stage.encoder,
+        tokenizer=tokenizer,
+        base=sources.retriever,
+        dtype=DTYPES[stage.precision],
+        merged=stage.export.merged,
+        card=_card(recipe, stage, store, state),
+    )
+    try:
+        return check_export(folder, texts, live, device.type)
+    except ValueError as error:
+        raise RecipeError(f"stage {stage.name}: {error}") from None
+
+
+def _card(recipe: Recipe, stage: Stage, store: PassageStore, state: RunState) -> dict[str, Any]:
+    """What the model card says of the training."""
+    return {
+        "recipe": recipe.name,
+        "recipe_digest": recipe.digest(),
+        "stage": stage.name,
+        "method": stage.objective.name,
+        "data": ", ".join(": ".join(next(iter(source.model_dump().items()))) for source in stage.data.sources),
+        "data_digest": store.digest,
+        "steps": state.step,
+        "rows_seen": state.step * stage.batch.pool * stage.batch.pools_per_step,
+        "tokens_seen": state.tokens,
+        "seed": recipe.seed,
+        "command": command(),
+    }
+
+
+def command() -> str:
+    """What the user typed, without what the launcher added."""
+    typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    return shlex.join(["deepspeed", "launcher/run.py", *typed])
+
+
+def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _announce(stage: Stage, engine: Any, store: PassageStore, plan: PoolPlan, state: RunState) -> None:
+    if rank() != 0:
+        return
+    parameters = list(engine.module.parameters())
+    sizes = [p.ds_numel if stage.zero.stage == 3 else p.numel() for p in parameters]
+    trainable = sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad)
+    pools = stage.optim.steps * stage.batch.pools_per_step
+    rows = [
+        *derived(stage, world_size()),
+        ("parameters", f"{trainable:,} trainable of {sum(sizes):,}"),
+        ("passages", f"{len(store):,} (digest {store.digest})"),
+        ("epochs", f"{pools / plan.pools_per_epoch:.2f} of {plan.pools_per_epoch:,} pools"),
+        ("from the last checkpoint" if state.step else "from the beginning", f"starts at step {state.step}"),
+    ]
+    print(f"stage {stage.name}\n{render(rows)}", flush=True)

@@ -1,0 +1,91 @@
+"""Scalars of a step: summed over forwards and ranks once, then to log.jsonl and TensorBoard."""
+
+import json
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from toolkit.collectives import sum_over_ranks, world_size
+from toolkit.files import replace_text
+from toolkit.objectives import Loss
+
+
+def reduce_losses(losses: Iterable[Loss], tokens: int, wait: float, device: torch.device) -> dict[str, float]:
+    """Means over all forwards and ranks of one step; "loss" is exactly what was optimised.
+
+    Returns also tokens (global sum) and data_wait (mean seconds a rank waited for data).
+    """
+    totals: dict[str, list[Tensor]] = {}
+    losses = list(losses)
+    for loss in losses:
+        for name, pair in loss.parts.items():
+            totals.setdefault(name, [torch.zeros((), dtype=torch.float64, device=device) for _ in pair])
+            for total, value in zip(totals[name], pair, strict=True):
+                total += value
+    own = torch.stack([loss.total.detach().double() for loss in losses]).mean()
+    extra = torch.tensor([tokens, wait], dtype=torch.float64, device=device)
+    flat = sum_over_ranks(torch.cat([own[None], extra, *(torch.stack(pair) for pair in totals.values())])).tolist()
+    values = {"loss": flat[0] / world_size(), "tokens": flat[1], "data_wait": flat[2] / world_size()}
+    for index, name in enumerate(totals):
+        total, count = flat[3 + 2 * index : 5 + 2 * index]
+        values[name] = total / count
+    return values
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory of rank 0 in GiB: of the GPU's allocator in this stage, or of the process without a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+class Log:
+    """log.jsonl and TensorBoard of a run, continued without a repeated step; rank 0 only."""
+
+    def __init__(self, run: Path, stage: str, first_step: int, resumed_step: int) -> None:
+        self._stage = stage
+        self._first = first_step
+        path = run / "log.jsonl"
+        _drop_after(path, stage, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + resumed_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line and one set of scalars; `step` counts within the stage, TensorBoard's over the run."""
+        self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{self._stage}/{name}", value, self._first + step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def write_eval_scalars(run: Path, scores: dict[str, dict[str, float]], step: int) -> None:
+    """eval/<collection>/<metric> at the global step of the run."""
+    with SummaryWriter(str(run / "tensorboard")) as board:
+        for collection, metrics in scores.items():
+            for name, value in metrics.items():
+                board.add_scalar(f"eval/{collection}/{name}", value, step)
+
+
+def _drop_after(path: Path, stage: str, step: int) -> None:
+    """Forget lines of a stage past the step it resumes from (and a line cut short by a crash)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["stage"] != stage or entry["step"] <= step:
+            kept.append(line + "\n")
+    replace_text(path, "".join(kept))
