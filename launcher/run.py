@@ -79,6 +79,7 @@ def _run(recipe: Recipe, run: Path, only: int | None) -> int:
 if __name__ == "__main__":
     code = main()
     distributed = sys.modules.get("torch.distributed")  # imported only if the recipe was valid
-    if code == 0 and distributed is not None and distributed.is_initialized():
+    # Left alone, the group's threads may abort the process as it ends; after Ctrl-C its last work may never be done.
+    if code in (0, 2) and distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
     sys.exit(code)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tiny import random_pools, revela_stage
 
 from toolkit import embed
@@ -98,3 +99,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # else the group's threads may abort the process as it ends

@@ -9,6 +9,7 @@ from unittest import mock
 import deepspeed
 import reference
 import torch
+import torch.distributed as dist
 from reference import NAME, revela_loss
 from tiny import random_pools, revela_stage, rows_of
 
@@ -153,3 +154,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # else the group's threads may abort the process as it ends
