@@ -5,7 +5,6 @@ Called by the launcher and by everything that reads settings. Imports pydantic a
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,13 +71,13 @@ def _start_kind(value: Any) -> str | None:
     return {HubStart: "hub", FolderStart: "folder", BuildStart: "build"}.get(type(value))
 
 
-_START_FIX = 'write "previous", {"hub": "<model id>"}, {"folder": "<path>"} or {"build": {...}}'
+START_FIX = 'write "previous", {"hub": "<model id>"}, {"folder": "<path>"} or {"build": {...}}'
 Start = Annotated[
     Annotated[Literal["previous"], Tag("previous")]
     | Annotated[HubStart, Tag("hub")]
     | Annotated[FolderStart, Tag("folder")]
     | Annotated[BuildStart, Tag("build")],
-    Discriminator(_start_kind, custom_error_type="start_kind", custom_error_message=_START_FIX),
+    Discriminator(_start_kind, custom_error_type="start_kind", custom_error_message=START_FIX),
 ]
 
 
@@ -146,7 +145,69 @@ class RevelaObjective(Section):
     language_model: RevelaLanguageModel
 
 
-Objective = Annotated[LanguageModelObjective | RevelaObjective, Field(discriminator="name")]
+Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
+
+
+class ContrastiveObjective(Section):
+    """InfoNCE over (query, positives, hard negatives) rows: every other document of the pool is a negative."""
+
+    name: Literal["contrastive"]
+    temperature: Annotated[float, Field(gt=0)] = Field(description="Scores are divided by it (starting value).")
+    learn_temperature: bool = Field(False, description="Train the temperature too (one scalar, at least 0.01).")
+    directions: Annotated[list[Direction], Field(min_length=1)] = Field(
+        ["query_to_document"],
+        description="Rows of the first kind against columns of the other.",
+    )
+    partition: Literal["separate", "joint"] = Field(
+        "separate",
+        description="Several directions: the mean of one loss each, or one joint sum of negatives (GTE, 2308.03281).",
+    )
+    false_negative_margin: float | None = Field(
+        None, description="Leave out negatives that score above the own positive plus this; null: none."
+    )
+    false_negative_threshold: float | None = Field(
+        None, description="Leave out negatives that score above this; null: none."
+    )
+    matryoshka: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+        None, description="Mean of the loss over these leading dimensions (2205.13147); null: all dimensions only."
+    )
+
+
+class MomentumQueue(Section):
+    """Negatives of earlier steps (MoCo, 1911.05722), encoded by a slow copy of the retriever."""
+
+    size: Positive = Field(description="Keys held; a multiple of the keys of a step (views x rows of a step).")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="Share of the slow copy kept at every step, in fp32."
+    )
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Number format of the stored keys; scores are fp32.")
+
+
+class ReContrieverObjective(Section):
+    """ReContriever (2306.03166): crops of one text as pairs, each weighted by its estimated relevance.
+
+    One view and relevance none make it MoCo with a queue and Contriever with in-batch negatives without.
+    """
+
+    name: Literal["recontriever"]
+    temperature: Annotated[float, Field(gt=0)] = Field(description="Scores are divided by it.")
+    views: Positive = Field(description="Keys per query, all crops of its own text (the paper's K = 4).")
+    relevance: Literal["linear", "softmax", "none"] = Field(
+        description="Weight of a view: its share of the text's raw scores (paper), their softmax, or 1 / views."
+    )
+    relevance_temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Temperature of the softmax weights; needed by softmax alone."
+    )
+    clamp_negative: bool = Field(False, description="Linear weights: count scores below zero as zero.")
+    queue: MomentumQueue | None = Field(
+        description="Negatives from a queue and a momentum encoder; null: the pool's other keys, with gradient."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Mass spread over all keys.")
+
+
+Objective = Annotated[
+    LanguageModelObjective | RevelaObjective | ContrastiveObjective | ReContrieverObjective, Field(discriminator="name")
+]
 
 
 # --------------------------------------------------------------------------- data
@@ -160,28 +221,57 @@ class Fields(Section):
     document: Text | None = Field(
         None, description="For format passages: consecutive rows with equal values here are one document."
     )
+    query: Text | None = Field(
+        None, description="For format pairs; null: query (as Tevatron) or anchor (as sentence-transformers)."
+    )
+    positive: Text | None = Field(
+        None, description="For format pairs: text, or a list of texts or passages; null: positive_passages or positive."
+    )
+    negatives: list[Text] | None = Field(
+        None, description="For format pairs; null: negative_passages, or all columns negative, negative_1, ..."
+    )
+    weight: Text | None = Field(None, description="For format pairs: column with the row's weight; null: 1 each.")
 
 
-class HubSource(Section):
+class SourceSettings(Section):
+    """What every kind of source has."""
+
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Share of this source in the rows (pairs); null in all sources: by size."
+    )
+    limit: Positive | None = Field(
+        None,
+        description="Only so many rows (pairs), drawn by the recipe's seed; a larger limit holds a smaller one.",
+    )
+    query_prefix: str | None = Field(None, description="For this source (pairs), instead of encoder.query_prefix.")
+    passage_prefix: str | None = Field(None, description="For this source (pairs), instead of encoder.passage_prefix.")
+
+
+class HubSource(SourceSettings):
     hub: Text = Field(description="Dataset id on the hub.")
     config: Text | None = Field(None, description="Configuration of the dataset; null: the default one.")
     split: Text = Field("train", description="Split of the dataset.")
-    format: Literal["documents", "passages", "groups"] = Field(
+    format: Literal["documents", "passages", "groups", "pairs"] = Field(
         "documents",
-        description="documents: cut into passages here; passages: one per row; groups: a list of texts per row.",
+        description="documents: cut here; passages: one per row; groups: a list of texts per row; pairs: a query with "
+        "positives and negatives per row.",
     )
     fields: Fields = Fields()  # pyright: ignore[reportCallIssue]
 
 
-class FolderSource(Section):
+class FolderSource(SourceSettings):
     folder: Text = Field(description="Folder (or file) with .jsonl, .jsonl.gz or .parquet.")
-    format: Literal["documents", "passages", "groups"] = Field("documents", description="As for hub sources.")
+    format: Literal["documents", "passages", "groups", "pairs", "beir"] = Field(
+        "documents", description="As for hub sources; beir: the judged queries of a folder in BEIR layout as pairs."
+    )
+    split: Text = Field("train", description="For format beir: reads qrels/<split>.tsv.")
     fields: Fields = Fields()  # pyright: ignore[reportCallIssue]
 
 
-class StdlibSource(Section):
-    stdlib: Literal["files"] = Field(
-        description="The embedded corpus: files of this Python's standard library, without dev and test docstrings."
+class StdlibSource(SourceSettings):
+    stdlib: Literal["files", "docstrings"] = Field(
+        description="The embedded corpus: files of this Python's standard library without dev and test docstrings, or "
+        "the training docstrings with their code as pairs."
     )
 
 
@@ -209,11 +299,31 @@ class Passages(Section):
     max_words: Positive = Field(description="Longest passage in words separated by white space (Revela: 120).")
 
 
+class Crops(Section):
+    """Random pieces of a chunk of text, as query and keys (Contriever, 2112.09118)."""
+
+    chunk_tokens: Annotated[int, Field(ge=4)] = Field(description="Tokens of text that query and keys are cut from.")
+    min_ratio: Annotated[float, Field(gt=0, le=1)] = Field(description="Shortest crop as a share of the chunk.")
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = Field(description="Longest crop as a share of the chunk.")
+    delete: Annotated[float, Field(ge=0, lt=1)] = Field(description="Each token of a crop is left out so often.")
+    across_documents: bool = Field(
+        False, description="Chunks of one endless stream of all text (paper) instead of chunks of one document each."
+    )
+
+
 class Data(Section):
-    sources: Annotated[list[Source], Field(min_length=1)] = Field(description="Read one after another.")
-    passages: Passages | None = Field(None, description="Needed by sources of format documents.")
+    sources: Annotated[list[Source], Field(min_length=1)] = Field(
+        description="Read one after another; pairs of several sources are mixed."
+    )
+    passages: Passages | None = Field(None, description="Needed by sources of format documents, unless cropped.")
     interleave: Positive | None = Field(
-        None, description="Documents whose passages are dealt in turn; needed by every source but groups."
+        None, description="Documents whose passages are dealt in turn; needed for passages."
+    )
+    crops: Crops | None = Field(None, description="Needed by recontriever.")
+    positives: Positive = Field(1, description="Positives of a row, drawn anew each epoch if it has more (pairs).")
+    negatives: Natural = Field(0, description="Hard negatives of a row, drawn anew each epoch if it has more (pairs).")
+    mix: Literal["rows", "pools"] | None = Field(
+        None, description="Several sources of pairs: rows of all in every pool, or one source per pool."
     )
 
 
@@ -221,11 +331,16 @@ class Data(Section):
 
 
 class Batch(Section):
-    pool: Annotated[int, Field(ge=2)] = Field(description="Passages that attend to one another.")
+    pool: Annotated[int, Field(ge=2)] = Field(
+        description="Rows compared with one another: passages, pairs, or texts with their crops."
+    )
     span: Literal["rank", "world"] = Field(description="rank: a pool on one rank; world: spread over all ranks.")
     pools_per_step: Positive = Field(description="Pools per optimizer step, over all ranks.")
     forward_rows: Positive | None = Field(
-        description="Rows per slice of gradient caching; null keeps all activations. Memory only, never the result."
+        None, description="Texts per slice of gradient caching; null keeps all activations. Never changes the result."
+    )
+    forward_tokens: Positive | None = Field(
+        None, description="Instead of forward_rows: padded tokens per slice, of texts sorted by length."
     )
 
 
@@ -348,112 +463,12 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except UnicodeEncodeError as error:
         broken = error.object[error.start]
         raise RecipeError(f"{path}: {broken!r} is half a character (a lone surrogate); write the whole one") from None
-    problems = list(_cross_checks(recipe))
+    from toolkit.recipe_checks import cross_checks  # here, since it imports the schema above
+
+    problems = list(cross_checks(recipe))
     if problems:
         raise RecipeError("\n".join(f"{path}: {where}: {what}" for where, what in problems))
     return recipe
-
-
-# --------------------------------------------------------------------------- checks over several keys
-
-
-def _cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(path, problem and fix) of everything that one key alone cannot show."""
-    names = [stage.name for stage in recipe.stages]
-    for index, stage in enumerate(recipe.stages):
-        at = f"stages.{index}"
-        before = recipe.stages[index - 1] if index else None
-        if names.index(stage.name) < index:
-            yield f"{at}.name", f"{stage.name!r} names an earlier stage too; give each stage its own name"
-        yield from _check_starts(at, stage, before)
-        yield from _check_lengths(at, stage, recipe.stages[: index + 1])
-        yield from _check_data(f"{at}.data", stage.data)
-        yield from _check_zero(f"{at}.zero", stage.zero)
-        if stage.encoder.pooling == "eos" and not stage.encoder.append_eos:
-            yield f"{at}.encoder.append_eos", "pooling eos reads the end token; set append_eos to true"
-        if isinstance(stage.objective, RevelaObjective) and not stage.encoder.normalize:
-            yield f"{at}.encoder.normalize", "revela's similarities are cosines; set normalize to true"
-        if isinstance(stage.objective, LanguageModelObjective) and stage.lora is not None:
-            yield f"{at}.lora", "language_model trains all parameters; set lora to null"
-        if stage.optim.warmup_steps > stage.optim.steps:
-            yield f"{at}.optim.warmup_steps", f"is above steps ({stage.optim.steps}); lower it"
-        for number, suite in enumerate(stage.eval.suites):
-            if suite.startswith("stdlib") and suite not in ("stdlib:dev", "stdlib:test"):
-                yield f"{at}.eval.suites.{number}", f"{suite!r} is unknown; write stdlib:dev or stdlib:test"
-
-
-def _check_starts(at: str, stage: Stage, before: Stage | None) -> Iterator[tuple[str, str]]:
-    objective = stage.objective
-    if isinstance(objective, RevelaObjective):
-        language_model, where = objective.language_model.start, f"{at}.objective.language_model.start"
-        if isinstance(stage.start, BuildStart):
-            yield (
-                f"{at}.start",
-                "revela starts from a trained model; build it in a language_model stage before this one",
-            )
-        if isinstance(language_model, BuildStart):
-            yield where, "revela starts from a trained model; build it in a language_model stage before this one"
-    else:
-        language_model, where = stage.start, f"{at}.start"
-    if stage.start == "previous" and before is None:
-        yield f"{at}.start", f"there is no stage before the first; {_START_FIX}"
-    elif language_model == "previous" and (before is None or not isinstance(before.objective, LanguageModelObjective)):
-        yield where, "no language_model stage comes just before; name a hub id or a folder"
-    elif stage.start == "previous" and before and before.lora is not None and stage.lora != before.lora:
-        yield f"{at}.lora", f"continues the adapter of stage {before.name}; repeat that stage's lora section"
-    if isinstance(stage.start, BuildStart):
-        build = stage.start.build
-        if build.hidden_size % build.heads:
-            yield (
-                f"{at}.start.build.heads",
-                f"{build.heads} does not divide hidden_size {build.hidden_size}; change one",
-            )
-        elif build.hidden_size // build.heads % 2:
-            head = build.hidden_size // build.heads
-            yield f"{at}.start.build.heads", f"hidden_size / heads = {head} is odd; rotary embedding needs it even"
-        if build.heads % build.kv_heads:
-            yield f"{at}.start.build.kv_heads", f"{build.kv_heads} does not divide heads {build.heads}; change one"
-
-
-def _check_lengths(at: str, stage: Stage, upto: list[Stage]) -> Iterator[tuple[str, str]]:
-    """No text may be longer than a model built in this recipe reads (hub models say so themselves)."""
-    origin = next(earlier.start for earlier in reversed(upto) if earlier.start != "previous" or earlier is upto[0])
-    if not isinstance(origin, BuildStart):
-        return
-    objective, limit = stage.objective, origin.build.max_tokens
-    lengths = {"encoder.max_tokens": stage.encoder.max_tokens, "encoder.eval_max_tokens": stage.encoder.eval_max_tokens}
-    if isinstance(objective, LanguageModelObjective):
-        lengths["objective.max_tokens"] = objective.max_tokens
-    elif objective.language_model.start == "previous":
-        lengths["objective.language_model.max_tokens"] = objective.language_model.max_tokens
-    for key, value in lengths.items():
-        if value > limit:
-            yield f"{at}.{key}", f"{value} is above the built model's max_tokens {limit}; lower it"
-
-
-def _check_data(at: str, data: Data) -> Iterator[tuple[str, str]]:
-    formats = {"documents" if isinstance(source, StdlibSource) else source.format for source in data.sources}
-    if "groups" in formats and len(formats) > 1:
-        yield f"{at}.sources", "groups do not mix with documents or passages; use one kind in a stage"
-        return
-    if "documents" in formats and data.passages is None:
-        yield f"{at}.passages", 'missing; documents need {"unit": ..., "max_words": ...}'
-    if "documents" not in formats and data.passages is not None:
-        yield f"{at}.passages", "only sources of format documents are cut; remove the key"
-    if "groups" in formats and data.interleave is not None:
-        yield f"{at}.interleave", "groups are read as they are; remove the key"
-    if "groups" not in formats and data.interleave is None:
-        yield f"{at}.interleave", "missing; say how many documents are dealt in turn"
-
-
-def _check_zero(at: str, zero: Zero) -> Iterator[tuple[str, str]]:
-    if zero.offload_param is not None and zero.stage != 3:
-        yield f"{at}.offload_param", "works at ZeRO stage 3 only; set stage to 3 or offload_param to null"
-    if zero.offload_optimizer is not None and zero.stage == 0:
-        yield f"{at}.offload_optimizer", "works at ZeRO stages 1 to 3; set stage to 1 or offload_optimizer to null"
-    for key, place in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
-        if isinstance(place, NvmeOffload) and not Path(place.nvme).is_dir():
-            yield f"{at}.{key}.nvme", f"{place.nvme} is no folder; create it on the NVMe disk of every node"
 
 
 # --------------------------------------------------------------------------- derived numbers
@@ -463,8 +478,7 @@ def batch_numbers(stage: Stage, world_size: int) -> dict[str, int]:
     """What the batch keys mean on `world_size` ranks.
 
     Returns:
-        rows_per_step_global, rows_per_forward_per_rank, accumulation_per_rank (forwards per optimizer step),
-        slices_per_forward.
+        rows_per_step_global, rows_per_forward_per_rank, accumulation_per_rank (forwards per optimizer step).
 
     Raises:
         RecipeError: if the pool or pools_per_step cannot be spread over that many ranks; lists those that fit.
@@ -482,5 +496,4 @@ def batch_numbers(stage: Stage, world_size: int) -> dict[str, int]:
         "rows_per_step_global": batch.pool * batch.pools_per_step,
         "rows_per_forward_per_rank": rows,
         "accumulation_per_rank": batch.pools_per_step if batch.span == "world" else batch.pools_per_step // world_size,
-        "slices_per_forward": 1 if batch.forward_rows is None else -(-rows // batch.forward_rows),
     }

@@ -40,6 +40,14 @@ def tokenize(
     return rows
 
 
+def frame(tokenizer: Any, append_eos: bool) -> tuple[list[int], list[int]]:
+    """The special ids that `tokenize` puts before and after the ids of a text."""
+    row = tokenize(tokenizer, ["a"], "", 1_000, append_eos)[0]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    first = next(i for i in range(len(row)) if row[i : i + len(inner)] == inner)
+    return row[:first], row[first + len(inner) :]
+
+
 def ends_with_eos(tokenizer: Any) -> bool:
     """True if the tokenizer itself ends every text with its end token."""
     return tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id

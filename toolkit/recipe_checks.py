@@ -1,0 +1,202 @@
+"""Checks over several keys of a recipe: what one key alone cannot show. Called by load_recipe."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from toolkit.recipe import (
+    START_FIX,
+    BuildStart,
+    ContrastiveObjective,
+    Data,
+    FolderSource,
+    HubSource,
+    LanguageModelObjective,
+    NvmeOffload,
+    Recipe,
+    ReContrieverObjective,
+    RevelaObjective,
+    SourceSettings,
+    Stage,
+    StdlibSource,
+    Zero,
+)
+
+# The formats of sources that each method reads.
+NEEDED_DATA = {
+    "language_model": {"documents", "passages", "groups"},
+    "revela": {"documents", "passages", "groups"},
+    "contrastive": {"pairs", "beir"},
+    "recontriever": {"documents"},
+}
+
+
+def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(path, problem and fix) of everything that one key alone cannot show."""
+    names = [stage.name for stage in recipe.stages]
+    for index, stage in enumerate(recipe.stages):
+        at = f"stages.{index}"
+        before = recipe.stages[index - 1] if index else None
+        if names.index(stage.name) < index:
+            yield f"{at}.name", f"{stage.name!r} names an earlier stage too; give each stage its own name"
+        yield from _check_starts(at, stage, before)
+        yield from _check_lengths(at, stage, recipe.stages[: index + 1])
+        yield from _check_data(f"{at}.data", stage)
+        yield from _check_zero(f"{at}.zero", stage.zero)
+        if stage.encoder.pooling == "eos" and not stage.encoder.append_eos:
+            yield f"{at}.encoder.append_eos", "pooling eos reads the end token; set append_eos to true"
+        yield from _check_method(at, stage)
+        if isinstance(stage.objective, RevelaObjective) and not stage.encoder.normalize:
+            yield f"{at}.encoder.normalize", "revela's similarities are cosines; set normalize to true"
+        if isinstance(stage.objective, LanguageModelObjective) and stage.lora is not None:
+            yield f"{at}.lora", "language_model trains all parameters; set lora to null"
+        if stage.optim.warmup_steps > stage.optim.steps:
+            yield f"{at}.optim.warmup_steps", f"is above steps ({stage.optim.steps}); lower it"
+        for number, suite in enumerate(stage.eval.suites):
+            if suite.startswith("stdlib") and suite not in ("stdlib:dev", "stdlib:test"):
+                yield f"{at}.eval.suites.{number}", f"{suite!r} is unknown; write stdlib:dev or stdlib:test"
+
+
+def _check_starts(at: str, stage: Stage, before: Stage | None) -> Iterator[tuple[str, str]]:
+    objective, reads_lm = stage.objective, f"{at}.start"
+    lm_start: Any = stage.start if isinstance(objective, LanguageModelObjective) else None
+    if isinstance(objective, RevelaObjective):
+        lm_start, reads_lm = objective.language_model.start, f"{at}.objective.language_model.start"
+    starts = {f"{at}.start": stage.start, reads_lm: lm_start or stage.start}
+    for where, start in starts.items():
+        if isinstance(start, BuildStart) and not isinstance(objective, LanguageModelObjective):
+            yield (
+                where,
+                f"{objective.name} starts from a trained model; build it in a language_model stage before this one",
+            )
+    if stage.start == "previous" and before is None:
+        yield f"{at}.start", f"there is no stage before the first; {START_FIX}"
+    elif lm_start == "previous" and (before is None or not isinstance(before.objective, LanguageModelObjective)):
+        yield reads_lm, "no language_model stage comes just before; name a hub id or a folder"
+    elif stage.start == "previous" and before and before.lora is not None and stage.lora != before.lora:
+        yield f"{at}.lora", f"continues the adapter of stage {before.name}; repeat that stage's lora section"
+    if isinstance(stage.start, BuildStart):
+        build = stage.start.build
+        if build.hidden_size % build.heads:
+            yield (
+                f"{at}.start.build.heads",
+                f"{build.heads} does not divide hidden_size {build.hidden_size}; change one",
+            )
+        elif build.hidden_size // build.heads % 2:
+            head = build.hidden_size // build.heads
+            yield f"{at}.start.build.heads", f"hidden_size / heads = {head} is odd; rotary embedding needs it even"
+        if build.heads % build.kv_heads:
+            yield f"{at}.start.build.kv_heads", f"{build.kv_heads} does not divide heads {build.heads}; change one"
+
+
+def _check_lengths(at: str, stage: Stage, upto: list[Stage]) -> Iterator[tuple[str, str]]:
+    """No text may be longer than a model built in this recipe reads (hub models say so themselves)."""
+    origin = next(earlier.start for earlier in reversed(upto) if earlier.start != "previous" or earlier is upto[0])
+    if not isinstance(origin, BuildStart):
+        return
+    objective, limit = stage.objective, origin.build.max_tokens
+    lengths = {"encoder.max_tokens": stage.encoder.max_tokens, "encoder.eval_max_tokens": stage.encoder.eval_max_tokens}
+    if isinstance(objective, LanguageModelObjective):
+        lengths["objective.max_tokens"] = objective.max_tokens
+    elif isinstance(objective, RevelaObjective) and objective.language_model.start == "previous":
+        lengths["objective.language_model.max_tokens"] = objective.language_model.max_tokens
+    for key, value in lengths.items():
+        if value > limit:
+            yield f"{at}.{key}", f"{value} is above the built model's max_tokens {limit}; lower it"
+
+
+def _check_data(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
+    data, needed = stage.data, NEEDED_DATA[stage.objective.name]
+    formats = {_format(source) for source in data.sources}
+    if unfit := sorted(formats - needed):
+        yield f"{at}.sources", f"{stage.objective.name} reads {' or '.join(sorted(needed))}, not {', '.join(unfit)}"
+        return
+    if "groups" in formats and len(formats) > 1:
+        yield f"{at}.sources", "groups do not mix with documents or passages; use one kind in a stage"
+        return
+    cut, dealt = "documents" in formats and "passages" in needed, bool(formats & {"documents", "passages"} & needed)
+    dealt = dealt and "passages" in needed
+    if cut and data.passages is None:
+        yield f"{at}.passages", 'missing; documents need {"unit": ..., "max_words": ...}'
+    if not cut and data.passages is not None:
+        yield f"{at}.passages", "only documents for revela or language_model are cut; remove the key"
+    if "groups" in formats and data.interleave is not None:
+        yield f"{at}.interleave", "groups are read as they are; remove the key"
+    elif not dealt and data.interleave is not None:
+        yield f"{at}.interleave", f"{stage.objective.name} deals no passages; remove the key"
+    if dealt and data.interleave is None:
+        yield f"{at}.interleave", "missing; say how many documents are dealt in turn"
+    yield from _check_pairs(at, data, needed == NEEDED_DATA["contrastive"])
+    crops = data.crops
+    if (crops is None) == (stage.objective.name == "recontriever"):
+        fix = 'missing; recontriever needs {"chunk_tokens": ...}' if crops is None else "recontriever's; remove the key"
+        yield f"{at}.crops", fix
+    elif crops is not None and crops.min_ratio > crops.max_ratio:
+        yield f"{at}.crops.min_ratio", f"is above max_ratio {crops.max_ratio}; lower it"
+
+
+def _format(source: HubSource | FolderSource | StdlibSource) -> str:
+    if isinstance(source, StdlibSource):
+        return "documents" if source.stdlib == "files" else "pairs"
+    return source.format
+
+
+def _check_pairs(at: str, data: Data, pairs: bool) -> Iterator[tuple[str, str]]:
+    """Keys that only sources of pairs have, and weights that go together."""
+    if not pairs:
+        for key in ("positives", "negatives", "mix"):
+            if key in data.model_fields_set:
+                yield f"{at}.{key}", "belongs to sources of pairs; remove the key"
+        for number, source in enumerate(data.sources):
+            for key in sorted(set(SourceSettings.model_fields) & source.model_fields_set):
+                yield f"{at}.sources.{number}.{key}", "belongs to sources of pairs; remove the key"
+        return
+    weighted = [source.weight is not None for source in data.sources]
+    if any(weighted) and not all(weighted):
+        yield f"{at}.sources.{weighted.index(False)}.weight", "missing; give every source a weight, or none"
+    if len(data.sources) > 1 and data.mix is None:
+        yield f"{at}.mix", 'missing; write "rows" (all sources in every pool) or "pools" (one source per pool)'
+    if len(data.sources) == 1 and data.mix is not None:
+        yield f"{at}.mix", "there is one source; remove the key"
+
+
+def _check_method(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
+    """What the contrastive methods ask of other keys."""
+    objective, batch = stage.objective, stage.batch
+    if batch.forward_rows is not None and batch.forward_tokens is not None:
+        yield f"{at}.batch.forward_tokens", "stands beside forward_rows; remove one of the two"
+    if isinstance(objective, ContrastiveObjective):
+        if len(set(objective.directions)) < len(objective.directions):
+            yield f"{at}.objective.directions", "names a direction twice; name each once"
+        if not {"query_to_document", "document_to_query"} & set(objective.directions):
+            yield f"{at}.objective.directions", "add query_to_document or document_to_query"
+    if isinstance(objective, ReContrieverObjective):
+        softmax = objective.relevance == "softmax"
+        if softmax == (objective.relevance_temperature is None):
+            fix = "missing; softmax weights need it" if softmax else "only softmax weights have one; remove the key"
+            yield f"{at}.objective.relevance_temperature", fix
+        if objective.clamp_negative and objective.relevance != "linear":
+            yield f"{at}.objective.clamp_negative", "only linear weights can be negative; set it to false"
+        keys = objective.views * batch.pool * batch.pools_per_step
+        if objective.queue is not None and objective.queue.size % keys:
+            fits = max(1, objective.queue.size // keys) * keys
+            yield (
+                f"{at}.objective.queue.size",
+                f"is no multiple of the {keys} keys of a step (views x pool x pools_per_step); write {fits}",
+            )
+        if objective.queue is not None and stage.zero.stage == 3 and stage.lora is None:
+            yield (
+                f"{at}.zero.stage",
+                "a momentum copy of all parameters would have to be gathered whole at every step; use stage 0, 1 or 2, "
+                "lora, or in-batch negatives (objective.queue null)",
+            )
+
+
+def _check_zero(at: str, zero: Zero) -> Iterator[tuple[str, str]]:
+    if zero.offload_param is not None and zero.stage != 3:
+        yield f"{at}.offload_param", "works at ZeRO stage 3 only; set stage to 3 or offload_param to null"
+    if zero.offload_optimizer is not None and zero.stage == 0:
+        yield f"{at}.offload_optimizer", "works at ZeRO stages 1 to 3; set stage to 1 or offload_optimizer to null"
+    for key, place in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
+        if isinstance(place, NvmeOffload) and not Path(place.nvme).is_dir():
+            yield f"{at}.{key}.nvme", f"{place.nvme} is no folder; create it on the NVMe disk of every node"
