@@ -189,13 +189,16 @@ def _leave_out(scores: Tensor, r: slice, c: slice, masks: _Masks) -> None:
     row_keys, column_keys = masks.row_keys[r], masks.column_keys[c]
     # Keys coincide in few rows and columns of most tiles: find these first, and compare only them pair by pair.
     i = torch.isin(row_keys, column_keys).any(1).nonzero()[:, 0]
+    if len(i) == 0:
+        return
     j = torch.isin(column_keys, row_keys).any(1).nonzero()[:, 0]
     same = torch.zeros(len(i), len(j), dtype=torch.bool, device=scores.device)
     for a in row_keys[i].unbind(1):
         for b in column_keys[j].unbind(1):
             same |= a[:, None] == b
-    found = same.nonzero()
-    scores[i[found[:, 0]], j[found[:, 1]]] = LEFT_OUT
+    left_out = torch.zeros_like(scores, dtype=torch.bool)
+    left_out[i[:, None], j] = same
+    scores.masked_fill_(left_out, LEFT_OUT)
 
 
 def cross_entropy(positive: Tensor, lse: Tensor) -> Tensor:
@@ -314,15 +317,12 @@ def info_nce(
     count = positive.shape[1]
     dtype = _score_dtype(query, positive)
     raw = (query[:, None].to(dtype) * positive.to(dtype)).sum(-1)
-    lowest = raw.detach().masked_fill(~present, float("inf")).amin(1)
+    own = raw.detach()
+    lowest, best = own.masked_fill(~present, float("inf")).amin(1), own.masked_fill(~present, float("-inf")).amax(1)
     pair_keys = torch.cat([positive_keys, query_keys[:, None].expand(-1, count, -1)], 2)
     of_row = {
         "query": (query, query_keys, _limit(lowest, margin, threshold)),
-        "document": (
-            positive.flatten(0, 1),
-            pair_keys.flatten(0, 1),
-            _limit(raw.detach().flatten(), margin, threshold),
-        ),
+        "document": (positive.flatten(0, 1), pair_keys.flatten(0, 1), _limit(own.flatten(), margin, threshold)),
     }
     of_column = {"query": (queries_all, all_query_keys, None), "document": (documents_all, document_keys, absent)}
     found = {}
@@ -337,7 +337,6 @@ def info_nce(
         lse = lse.logsumexp(0, keepdim=True)
     losses = torch.stack([cross_entropy(raw * scale, one) for one in lse]).mean(0)
     loss = torch.where(present, losses, 0).sum(1) / present.sum(1).clamp(min=1)
-    best = raw.detach().masked_fill(~present, float("-inf")).amax(1)
     return InfoNCE(loss, best > found["query_to_document"].largest)
 
 
