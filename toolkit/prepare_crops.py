@@ -1,0 +1,149 @@
+"""The documents of a stage as token ids, stored once for all runs beside one another: what crops are cut from.
+
+Called by training on every rank: rank 0 does the work, and if it fails every rank raises the same RecipeError.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolkit.collectives import on_rank_zero
+from toolkit.data import stdlib_corpus
+from toolkit.data.crops import CropStore, write_documents
+from toolkit.data.records import fingerprint, read_source
+from toolkit.models.backbone import load_tokenizer
+from toolkit.prepare import on_every_rank
+from toolkit.recipe import Data, RecipeError, StdlibSource
+
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
+    """The documents of a stage's sources, tokenized and stored once below `run`'s parent, which all nodes must see.
+
+    Raises:
+        RecipeError: for malformed or empty data or a tokenizer that does not load, the same on every rank.
+    """
+
+    def write() -> list[str]:
+        try:
+            folder = run.parent / "prepared" / f"crops_{_digest(data, tokenizer_folder)}"
+            if not folder.is_dir():
+                _write(data, tokenizer_folder, folder)
+        except RecipeError as error:
+            return ["", str(error)]
+        return [str(folder), ""]
+
+    name, problem = on_rank_zero(write)
+    if problem:
+        raise RecipeError(problem)
+
+    def read() -> CropStore:
+        try:
+            return CropStore.open(Path(name))
+        except FileNotFoundError:
+            node = socket.gethostname()
+            raise RecipeError(f"{name} is not on {node}; put the run folder on a disk that all nodes share") from None
+
+    return on_every_rank(read)
+
+
+def _write(data: Data, tokenizer_folder: Path, folder: Path) -> None:
+    try:
+        tokenizer = load_tokenizer(tokenizer_folder)
+    except ValueError as error:
+        raise RecipeError(f"start: {error}") from None
+    counts: Counter[str] = Counter()
+    with _placing(folder) as work:
+        write_documents(_tokenized(_texts(data, counts), tokenizer), work)
+        meta = CropStore.open(work).meta
+        if not meta["documents"]:
+            raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
+    print(
+        f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
+        f"{meta['documents']:,} documents, {meta['tokens']:,} tokens, digest {meta['digest']}",
+        flush=True,
+    )
+
+
+@contextmanager
+def _placing(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, unless another run was first; then it goes."""
+    work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # gone already, if it was renamed
+
+
+def _texts(data: Data, counts: Counter[str]) -> Iterator[str]:
+    """The documents of all sources that hold text, one after another."""
+    for source in data.sources:
+        if isinstance(source, StdlibSource):
+            for _, text in stdlib_corpus.training_files():
+                counts["rows"] += 1
+                if text.strip():
+                    yield text
+                else:
+                    counts["empty"] += 1
+        else:
+            for record in read_source(source, counts):
+                yield record.texts[0]
+
+
+def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    """Each text with its ids, however long, without special ids; so many at once that the tokenizer uses all cores."""
+    held: list[str] = []
+    characters = 0
+    for text in texts:
+        held.append(text)
+        characters += len(text)
+        if len(held) == _TEXTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield from _with_ids(held, tokenizer)
+            held, characters = [], 0
+    if held:
+        yield from _with_ids(held, tokenizer)
+
+
+def _with_ids(texts: list[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    # verbose=False: no warning that a document is longer than the model's input; only crops of it are ever read.
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return zip(texts, encoded["input_ids"], strict=True)
+
+
+def _digest(data: Data, tokenizer_folder: Path) -> str:
+    """16 hex digits of what decides the store: sources, the state of their files, the tokenizer's files."""
+    sources = [
+        stdlib_corpus.summary()["digest"] if isinstance(source, StdlibSource) else fingerprint(source)
+        for source in data.sources
+    ]
+    tokenizer = [
+        [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in sorted(tokenizer_folder.iterdir())
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _TOKENIZER_FILES)
+    ]
+    settings = data.model_dump(mode="json", include={"sources"})
+    return hashlib.sha256(json.dumps([settings, sources, tokenizer]).encode()).hexdigest()[:16]
