@@ -1,11 +1,12 @@
 """Tiny models, stages and batches that the tests share."""
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertTokenizer
 
 from toolkit.data.spans import RevelaBatch
 from toolkit.data.tokens import Tokens, pad
@@ -16,7 +17,11 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def save_model(folder: Path, kind: str, seed: int = 0, tie: bool = False) -> Path:
-    """A random two-layer causal language model of a transformers model type, saved to a folder."""
+    """A random two-layer model of a transformers model type, saved to a folder.
+
+    A causal language model without tokenizer; "bert": a bidirectional encoder, as published (with a pooling layer), and
+    its tokenizer.
+    """
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16 if kind == "qwen3" else 8}
     config = AutoConfig.for_model(
         kind,
@@ -30,11 +35,21 @@ def save_model(folder: Path, kind: str, seed: int = 0, tie: bool = False) -> Pat
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **heads,
+        **({"num_attention_heads": 4} if kind == "bert" else heads),
     )
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (AutoModel if kind == "bert" else AutoModelForCausalLM).from_config(config).save_pretrained(folder)
+    if kind == "bert":
+        wordpiece_tokenizer().save_pretrained(folder)
     return folder
+
+
+def wordpiece_tokenizer() -> BertTokenizer:
+    """BERT's tokenizer ([CLS] text [SEP], lower case) with single characters as its pieces: VOCABULARY tokens."""
+    letters = string.ascii_lowercase + string.digits
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *string.punctuation][:VOCABULARY]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
 
 def make_recipe(*stages: dict[str, Any], **changes: Any) -> Recipe:

@@ -1,18 +1,24 @@
 """Tiny retrievers of every kind an export can meet, as training holds them when it exports."""
 
+import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from tiny import wordpiece_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaTokenizer,
+    XLMRobertaTokenizer,
 )
 
 from toolkit.embed import Retriever, embed_texts
@@ -29,6 +35,14 @@ TEXTS = [
     "x",
 ]
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+ENCODERS = {  # bidirectional: model type -> style of tokenizer
+    "bert": "wordpiece", "roberta": "roberta", "xlm-roberta": "unigram", "distilbert": "wordpiece",
+    "modernbert": "cls_sep",
+}  # fmt: skip
+TARGETS = {kind: ["q_proj", "down_proj"] for kind in CONFIGS} | {
+    "bert": ["query", "key", "value", "dense"], "roberta": ["query", "key", "value", "dense"],
+    "xlm-roberta": ["query", "value"], "distilbert": ["q_lin", "lin2"], "modernbert": ["Wqkv", "Wo"],
+}  # fmt: skip
 TOKENIZERS = ("plain", "gpt2", "bos", "bos_eos")
 CARD = {
     "recipe": "tiny", "recipe_digest": "0123456789abcdef", "stage": "revela", "method": "revela", "data": "stdlib",
@@ -41,7 +55,7 @@ class Case(NamedTuple):
     kind: str
     tokenizer: str
     lora: bool
-    pooling: str
+    pooling: Literal["eos", "mean"]
     normalize: bool
     append_eos: bool
     dtype: torch.dtype
@@ -56,6 +70,13 @@ CASES = {
     "qwen2_full": Case("qwen2", "gpt2", False, "eos", False, True, torch.float32),
     "mistral_full": Case("mistral", "bos", False, "mean", True, False, torch.float32),
     "qwen3_full": Case("qwen3", "bos_eos", False, "eos", False, True, torch.bfloat16),
+    "bert_lora": Case("bert", "wordpiece", True, "mean", True, True, torch.float32),
+    "bert_full": Case("bert", "wordpiece", False, "eos", True, False, torch.float32),
+    "roberta_lora": Case("roberta", "roberta", True, "eos", False, True, torch.bfloat16),
+    "xlm_roberta_full": Case("xlm-roberta", "unigram", False, "mean", True, True, torch.bfloat16),
+    "distilbert_lora": Case("distilbert", "wordpiece", True, "mean", False, True, torch.float32),
+    "modernbert_lora": Case("modernbert", "cls_sep", True, "mean", True, True, torch.bfloat16),
+    "modernbert_full": Case("modernbert", "cls_sep", False, "eos", True, True, torch.float32),
 }
 
 
@@ -79,13 +100,32 @@ class Made(NamedTuple):
         return folder
 
 
-def small_tokenizer(style: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; special tokens: none, as GPT-2 (ByteLevel), as Llama 3 (also bos), or bos and eos."""
+def small_tokenizer(style: str) -> Any:
+    """Byte-level BPE; special tokens: none, as GPT-2 (ByteLevel), as Llama 3 (also bos), or bos and eos.
+
+    Or a bidirectional encoder's: BERT's, RoBERTa's, XLM-RoBERTa's, or BPE with [CLS] and [SEP] as ModernBERT's.
+    """
+    if style == "wordpiece":
+        return wordpiece_tokenizer()
+    if style == "unigram":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        pieces = [*special, *(chr(i) for i in range(33, 127)), "\u2581"]
+        return XLMRobertaTokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)])
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     backend.train_from_iterator(TEXTS, trainer)
+    if style == "roberta":
+        written: Any = json.loads(backend.to_str())["model"]
+        second = {"</s>": "<pad>"}  # RoBERTa's padding is token 1
+        vocabulary: Any = {second.get(token, token): i for token, i in written["vocab"].items()} | {"</s>": 321}
+        merges: Any = [tuple(merge) for merge in written["merges"]]
+        return RobertaTokenizer(vocab=vocabulary, merges=merges)
+    if style == "cls_sep":
+        both = [("<s>", 0), ("</s>", 1)]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=both)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="<s>", sep_token="</s>", pad_token="</s>")
     template = processors.TemplateProcessing
     if style == "gpt2":
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -100,14 +140,22 @@ def small_tokenizer(style: str) -> PreTrainedTokenizerFast:
 
 
 def small_model(kind: str, folder: Path, tokenizer: str, tied: bool = False) -> Path:
-    """A folder with a random causal language model; its vocabulary has room for tokens that a tokenizer class adds."""
-    config = CONFIGS[kind](
-        vocab_size=330, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=tied,
-    )  # fmt: skip
+    """A folder with a random causal language model, or an encoder as published (with its pooling layer).
+
+    The vocabulary has room for tokens that a tokenizer class adds.
+    """
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"vocab_size": 330, "max_position_embeddings": 64, "initializer_range": 0.2}
+    tokenizer_made = small_tokenizer(tokenizer)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    small_tokenizer(tokenizer).save_pretrained(folder)
+    if kind in ENCODERS:
+        sizes |= {"distilbert": {"dim": 32, "hidden_dim": 64}, "modernbert": {"local_attention": 8}}.get(kind, {})
+        config = AutoConfig.for_model(kind, pad_token_id=tokenizer_made.pad_token_id, **sizes)
+        AutoModel.from_config(config).save_pretrained(folder)
+    else:
+        config = CONFIGS[kind](num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer_made.save_pretrained(folder)
     return folder
 
 
@@ -119,7 +167,7 @@ def make(case: Case, folder: Path) -> Made:
     )  # fmt: skip
     backbone: Any = load_encoder_backbone(folder, case.dtype)
     if case.lora:
-        backbone = add_lora(backbone, 4, 8.0, 0.0, ["q_proj", "down_proj"], causal=False, seed=1).to(case.dtype)
+        backbone = add_lora(backbone, 4, 8.0, 0.0, TARGETS[case.kind], causal=False, seed=1).to(case.dtype)
     state = {}
     for name, weight in backbone.named_parameters():
         if "lora_B" in name:  # zero at the start

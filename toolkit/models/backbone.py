@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -33,28 +33,77 @@ hub_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # causal language models; without their head, retrievers
+ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert")  # bidirectional: retrievers only
+POOLING_LAYER = ("bert", "roberta", "xlm-roberta")  # come with a layer on the first token that no retriever reads
+LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "distilbert")  # an embedding per position, so a longest input
+
+
+class LoraSettings(Protocol):
+    """What the recipe's `lora` section says of an adapter."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def targets(self) -> list[str]: ...
 
 
 def load_encoder_backbone(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """The model of a folder without its head, in eval mode; raises ValueError for an unsupported model type."""
-    read_config(folder)
-    with _readable(folder):
-        return AutoModel.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
-        ).to(device)
+    """The model of a folder without head and pooling layer, in eval mode.
+
+    Raises:
+        ValueError: for an unsupported model type, or weights that are damaged or not all there.
+    """
+    return _load(AutoModel, folder, dtype, "sdpa", **headless(read_config(folder))).to(device)
 
 
 def load_causal_lm(
     folder: str | Path, dtype: torch.dtype, attention: str, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The causal language model of a folder, in eval mode; `attention` is "sdpa" or a registered interface."""
-    read_config(folder)
+    """The causal language model of a folder, in eval mode; `attention` is "sdpa" or a registered interface.
+
+    Raises:
+        ValueError: for an unsupported or bidirectional model type, or weights that are damaged or not all there.
+    """
+    _check_causal(read_config(folder), folder)
+    return _load(AutoModelForCausalLM, folder, dtype, attention).to(device)
+
+
+def _load(auto: Any, folder: str | Path, dtype: torch.dtype, attention: str, **options: Any) -> Any:
     with _readable(folder):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
+        model, report = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
-    return model.to(device)
+    missing = sorted(report["missing_keys"])
+    if missing:  # they would be random
+        raise ValueError(
+            f"{folder}: the weights file lacks {len(missing)} weights of a {type(model).__name__} "
+            f"({', '.join(missing[:3])}); name a folder that holds the whole model"
+        )
+    return model
+
+
+def headless(config: PretrainedConfig) -> dict[str, bool]:
+    """Options of AutoModel that keep a pooling layer away: never read, it would be a parameter without gradient."""
+    return {"add_pooling_layer": False} if config.model_type in POOLING_LAYER else {}
+
+
+def _check_causal(config: PretrainedConfig, name: str | Path) -> None:
+    if config.model_type in ENCODER_TYPES:
+        raise ValueError(
+            f"{name}: model type {config.model_type!r} reads both ways and predicts no next token, so it can be the "
+            f"retriever only; as the language model name one of type {', '.join(SUPPORTED_TYPES)}"
+        )
 
 
 @contextmanager
@@ -70,20 +119,37 @@ def _readable(folder: str | Path) -> Iterator[None]:
 
 
 def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
-    """The model of a config without memory (all parameters on the meta device)."""
+    """The model of a config without memory (all parameters on the meta device); ValueError as in load_causal_lm."""
+    if causal:
+        _check_causal(config, str(config.name_or_path))
     with torch.device("meta"):
-        return (AutoModelForCausalLM if causal else AutoModel).from_config(config)
+        return AutoModelForCausalLM.from_config(config) if causal else AutoModel.from_config(config, **headless(config))
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
     """The config.json of a folder; raises ValueError unless its model type is supported."""
     with _readable(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in SUPPORTED_TYPES:
+    supported = SUPPORTED_TYPES + ENCODER_TYPES
+    if config.model_type not in supported:
         raise ValueError(
-            f"{folder}: model type {config.model_type!r} is not supported; use one of {', '.join(SUPPORTED_TYPES)}"
+            f"{folder}: model type {config.model_type!r} is not supported; use one of {', '.join(supported)}"
         )
     return config
+
+
+def check_length(config: PretrainedConfig, max_tokens: int) -> None:
+    """Raise ValueError if a retriever with learned positions has fewer of them than the longest input has tokens."""
+    if config.model_type not in LEARNED_POSITIONS:
+        return
+    positions = config.max_position_embeddings
+    if config.model_type in ("roberta", "xlm-roberta"):
+        positions -= config.pad_token_id + 1  # the first token has the position after that of padding
+    if max_tokens > positions:
+        raise ValueError(
+            f"the model ({config.model_type}) has learned positions for {positions} tokens; set encoder.max_tokens and "
+            f"encoder.eval_max_tokens to at most {positions} (found {max_tokens})"
+        )
 
 
 def check_window(config: PretrainedConfig, max_tokens: int) -> None:
@@ -91,7 +157,8 @@ def check_window(config: PretrainedConfig, max_tokens: int) -> None:
 
     The paper does not say how a window and in-batch attention go together, so neither do we.
     """
-    window = None if config.model_type == "llama" else config.sliding_window  # None where the window is switched off
+    windowed = config.model_type in ("mistral", "qwen2", "qwen3")
+    window = config.sliding_window if windowed else None  # also None where the window is switched off
     if window is not None and window < max_tokens:
         raise ValueError(
             f"a sliding window of {window} tokens is shorter than max_tokens {max_tokens}; shorten the input"
@@ -99,9 +166,15 @@ def check_window(config: PretrainedConfig, max_tokens: int) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder, padding on the right; raises ValueError if it has no end token."""
+    """The fast tokenizer of a folder, padding on the right; where it names no end token, the separator is it.
+
+    Raises:
+        ValueError: if it has neither.
+    """
     with _readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+    if tokenizer.eos_token is None:  # [CLS] text [SEP]
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer names no end token (eos_token); set one in tokenizer_config.json")
     tokenizer.padding_side = "right"
@@ -156,3 +229,45 @@ def add_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def adapted(model: nn.Module, lora: LoraSettings | None, adapter: Path | None, causal: bool, seed: int) -> nn.Module:
+    """A model ready to train: all of it, with new adapters (`add_lora`), or with those of a folder to go on with.
+
+    Args:
+        lora: the recipe's settings; None trains all parameters.
+        adapter: folder with adapter_config.json and adapter_model.safetensors; must agree with `lora` (dropout is
+            `lora`'s).
+        causal, seed: as in add_lora, for new adapters.
+
+    Raises:
+        ValueError: if the adapter of the folder is none of `lora`, or targets match no module.
+    """
+    if adapter is not None:
+        device = str(next(model.parameters()).device)
+        config = _to_continue(adapter, lora)
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config, torch_device=device)  # pyright: ignore[reportArgumentType]
+    if lora is None:
+        return model
+    return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, causal, seed)
+
+
+def _to_continue(adapter: Path, lora: LoraSettings | None) -> LoraConfig:
+    """The config of an adapter, checked against the recipe's settings."""
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{adapter}: holds an adapter of type {config.peft_type}; only LoRA adapters can be continued")
+    targets = config.target_modules
+    there = _lora_line(config.r, config.lora_alpha, [targets] if isinstance(targets, str) else list(targets or ()))
+    here = "is null" if lora is None else f"has {_lora_line(lora.rank, lora.alpha, lora.targets)}"
+    if lora is None or here != f"has {there}":
+        raise ValueError(
+            f"{adapter}: holds an adapter, and the stage's lora {here}; name {adapter}/merged (full weights), or set "
+            f"lora to {there}"
+        )
+    config.lora_dropout = lora.dropout
+    return config
+
+
+def _lora_line(rank: int, alpha: float, targets: list[str]) -> str:
+    return f"rank {rank}, alpha {float(alpha):g}, targets {', '.join(sorted(set(targets)))}"

@@ -1,0 +1,222 @@
+"""Loading retrievers: bidirectional encoders beside language models, weights as published, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_model, wordpiece_tokenizer
+from tiny_retriever import ENCODERS, TARGETS, small_model, small_tokenizer
+from transformers import AutoModel
+
+from toolkit.data.tokens import Tokens, frame, pad, tokenize
+from toolkit.models.backbone import (
+    ENCODER_TYPES,
+    adapted,
+    add_lora,
+    check_length,
+    load_causal_lm,
+    load_encoder_backbone,
+    load_tokenizer,
+    on_meta,
+    read_config,
+)
+from toolkit.models.encoder import Encoder
+from toolkit.objectives.language_model import recompute_layers
+from toolkit.recipe import Lora
+
+POOLED = ("bert", "roberta", "xlm-roberta")  # published with a layer that no retriever reads
+LONGEST = {"bert": 64, "roberta": 62, "xlm-roberta": 62, "distilbert": 64}  # of 64 positions; padding is token 1
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("models")
+    return {kind: small_model(kind, place / kind, tokenizer) for kind, tokenizer in ENCODERS.items()}
+
+
+def random_rows(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randint(5, 300, (length,), generator=generator).tolist() for length in lengths]
+
+
+# --------------------------------------------------------------------------- weights as published
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+@pytest.mark.parametrize("prefix", ["", "bert."])
+@pytest.mark.parametrize("names", ["weight/bias", "gamma/beta"])
+def test_published_bert_weights_load(prefix: str, pooler: bool, names: str, tmp_path: Path) -> None:
+    stock = load_file(save_model(tmp_path, "bert") / "model.safetensors")
+    assert {"embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"} < stock.keys()
+    published = {prefix + name: value for name, value in stock.items() if pooler or "pooler" not in name}
+    if names == "gamma/beta":
+        for name in [name for name in published if "LayerNorm" in name]:
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            published[old] = published.pop(name)
+    if prefix:  # a masked language model's head is left out
+        published["cls.predictions.bias"] = torch.zeros(96)
+    save_file(published, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = dict(load_encoder_backbone(tmp_path, torch.float32).named_parameters())
+    assert found.keys() == {name for name in stock if "pooler" not in name}
+    assert all(torch.equal(found[name], stock[name]) for name in found)
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "bert") / "model.safetensors"
+    stock = load_file(path)
+    save_file({f"other.{name}": value for name, value in stock.items()}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 37 weights of a BertModel \(embeddings\.LayerNorm\.bias, "):
+        load_encoder_backbone(tmp_path, torch.float32)
+    headless = save_model(tmp_path / "llama", "llama") / "model.safetensors"
+    kept = {name: value for name, value in load_file(headless).items() if name != "lm_head.weight"}
+    save_file(kept, headless, metadata={"format": "pt"})
+    load_encoder_backbone(tmp_path / "llama", torch.float32)  # needs no head
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a LlamaForCausalLM \(lm_head\.weight\); name a folder"):
+        load_causal_lm(tmp_path / "llama", torch.float32, "sdpa")
+
+
+def test_a_pickle_beside_or_in_place_of_the_weights_is_never_read(tmp_path: Path) -> None:
+    (save_model(tmp_path, "bert") / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    load_encoder_backbone(tmp_path, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be loaded .*safetensors"):
+        load_encoder_backbone(tmp_path, torch.float32)
+
+
+# --------------------------------------------------------------------------- what trains
+
+
+def test_every_supported_encoder_is_tried() -> None:
+    assert ENCODERS.keys() == set(ENCODER_TYPES)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("kind", ENCODER_TYPES)
+def test_every_parameter_gets_a_gradient(folders: dict[str, Path], kind: str, recompute: bool) -> None:
+    tokens = pad(random_rows(9, 5), 1)
+
+    def without_gradient(backbone: Any) -> list[str]:
+        Encoder(backbone, "mean", True)(tokens).square().mul(torch.arange(32)).sum().backward()
+        return [name for name, weight in backbone.named_parameters() if weight.grad is None]
+
+    backbone = load_encoder_backbone(folders[kind], torch.float32).train()
+    if recompute:
+        recompute_layers(backbone)
+    assert without_gradient(backbone) == []
+    stock = without_gradient(AutoModel.from_pretrained(folders[kind]))
+    assert stock == (["pooler.dense.weight", "pooler.dense.bias"] if kind in POOLED else [])
+
+
+@pytest.mark.parametrize("kind", ENCODER_TYPES)
+def test_adapters_are_a_function_of_the_seed_and_all_of_them_train(folders: dict[str, Path], kind: str) -> None:
+    tokens = pad(random_rows(9, 5), 1)
+    lora = Lora(rank=2, alpha=4.0, dropout=0.0, targets=TARGETS[kind])
+
+    def made(seed: int) -> Any:
+        return adapted(load_encoder_backbone(folders[kind], torch.float32), lora, None, causal=False, seed=seed)
+
+    model = made(1)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    layers = 2 * sum({"dense": 3, "Wo": 2}.get(target, 1) for target in lora.targets)  # of each type, per layer
+    assert len(trained) == 2 * layers and all("lora_" in name for name in trained)
+    again, other = (dict(made(seed).named_parameters()) for seed in (1, 2))
+    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
+    assert not all(torch.equal(weight, other[name]) for name, weight in trained.items())
+    Encoder(model, "eos", True)(tokens).square().mul(torch.arange(32)).sum().backward()
+    assert all(weight.grad is not None for weight in trained.values())
+    with pytest.raises(ValueError, match="LoRA targets q_proj match no module; the model has "):
+        add_lora(load_encoder_backbone(folders[kind], torch.float32), 2, 4.0, 0.0, ["q_proj"], False, 0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos"])
+@pytest.mark.parametrize("kind", ENCODER_TYPES)
+def test_padding_changes_nothing(folders: dict[str, Path], kind: str, pooling: str) -> None:
+    encoder = Encoder(load_encoder_backbone(folders[kind], torch.float64), pooling, False)
+    rows = random_rows(60, 3, 31)  # ModernBERT's layers see 4 tokens to each side, so some padding sees padding alone
+    with torch.no_grad():
+        padded = encoder(pad(rows, 1))
+        alone = torch.cat([encoder(pad([row], 1)) for row in rows])
+        assert float((padded - alone).abs().max()) < 1e-12
+        ids = pad(rows, 7).input_ids
+        assert float((encoder(Tokens(ids, torch.ones_like(ids))) - alone).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ENCODER_TYPES)
+def test_encoders_read_both_ways_and_predict_nothing(folders: dict[str, Path], kind: str) -> None:
+    backbone = load_encoder_backbone(folders[kind], torch.float64)
+    (row,) = random_rows(9)
+    with torch.no_grad():
+        a, b = (backbone(**pad([ids], 1)._asdict()).last_hidden_state[0, 0] for ids in (row, [*row[:-1], row[-1] + 1]))
+    assert float((a - b).abs().max()) > 1e-3
+    fix = rf"{kind}' reads both ways .* can be the retriever only; as the language model name one of type llama, "
+    with pytest.raises(ValueError, match=fix) as caught:
+        load_causal_lm(folders[kind], torch.float32, "sdpa")
+    assert str(caught.value).startswith(f"{folders[kind]}: ") and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=fix):
+        on_meta(read_config(folders[kind]), causal=True)
+    sizes = [weight.numel() for weight in on_meta(read_config(folders[kind]), causal=False).parameters()]
+    assert sizes == [weight.numel() for weight in backbone.parameters()]
+
+
+# --------------------------------------------------------------------------- length
+
+
+@pytest.mark.parametrize(("kind", "longest"), LONGEST.items())
+def test_the_longest_input_is_the_longest_that_runs(folders: dict[str, Path], kind: str, longest: int) -> None:
+    backbone, config = load_encoder_backbone(folders[kind], torch.float32), read_config(folders[kind])
+    check_length(config, longest)
+    assert backbone(**pad(random_rows(longest), 1)._asdict()).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        backbone(**pad(random_rows(longest + 1), 1)._asdict())
+    with pytest.raises(ValueError, match=rf"for {longest} tokens; .* at most {longest} \(found {longest + 1}\)$"):
+        check_length(config, longest + 1)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "llama"])
+def test_rotary_positions_have_no_longest_input(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    folder = folders[kind] if kind in folders else save_model(tmp_path, kind)
+    check_length(read_config(folder), 65)
+    assert load_encoder_backbone(folder, torch.float32)(input_ids=torch.full((1, 65), 7)) is not None
+
+
+# --------------------------------------------------------------------------- tokenizers
+
+
+def test_the_separator_ends_a_text_where_no_end_token_is_named(tmp_path: Path) -> None:
+    wordpiece_tokenizer().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("eos_token") is None
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token == "[SEP]" and len(tokenizer) == 96
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    assert frame(tokenizer, append_eos=True) == ([first], [last])
+    a, b, d = tokenizer.convert_tokens_to_ids(["a", "##b", "##d"])
+    assert tokenize(tokenizer, ["AB d", "abbbbb"], "", 5, True)[1] == [first, a, b, b, last]
+    assert tokenize(tokenizer, ["abd"], "", 9, True) == [[first, a, b, d, last]]
+    assert tokenize(tokenizer, ["abd"], "", 9, True, half=True) == [[first, a, last]]
+    assert tokenize(tokenizer, ["abd"], "", 9, False) == [[first, a, b, d]]
+
+
+@pytest.mark.parametrize("lacking", ["tokenizer.json", None])
+def test_a_vocabulary_alone_makes_the_tokenizer(lacking: str | None, tmp_path: Path) -> None:
+    tokenizer = wordpiece_tokenizer()
+    save_model(tmp_path, "bert")
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (tmp_path / "vocab.txt").write_text("\n".join(piece for piece, _ in pieces) + "\n", encoding="utf-8")
+    if lacking:
+        (tmp_path / lacking).unlink()
+    texts = ["Open(path) reads a FILE", "é 9"]
+    assert load_tokenizer(tmp_path)(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+
+
+def test_a_named_end_token_stays(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer("bos")
+    tokenizer.sep_token = "<s>"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).eos_token == "</s>"
+    tokenizer.sep_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"names no end token \(eos_token\)"):
+        load_tokenizer(tmp_path)
