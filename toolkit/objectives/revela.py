@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, rank
 from toolkit.data.spans import RevelaBatch
 from toolkit.losses.language import num_predicted
-from toolkit.models.backbone import DTYPES, add_lora, check_window, load_causal_lm, load_encoder_backbone, read_config
+from toolkit.models.backbone import DTYPES, adapted, check_window, load_causal_lm, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, PoolMemory
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import recompute_layers
-from toolkit.recipe import Lora, RevelaObjective, Stage
+from toolkit.recipe import RevelaObjective, Stage
 from toolkit.slicing import in_slices
 
 LEARNING_ROW = 1e-3  # a row learns if 1 - sum_j w_ij^2, the trace of its softmax's Jacobian, is above this
@@ -110,9 +109,9 @@ def build_revela(
     """The objective of a `revela` stage, in training mode; `adapter` is continued, else a new one is made."""
     dtype = DTYPES[stage.precision]
     check_window(read_config(lm_folder), settings.language_model.max_tokens)
-    backbone = _adapted(load_encoder_backbone(folder, dtype, device), stage.lora, adapter, False, seed)
+    backbone = adapted(load_encoder_backbone(folder, dtype, device), stage.lora, adapter, False, seed)
     causal_lm = load_causal_lm(lm_folder, dtype, INBATCH_ATTENTION, device)
-    causal_lm = _adapted(causal_lm, settings.language_model.lora, None, True, seed + 1)
+    causal_lm = adapted(causal_lm, settings.language_model.lora, None, True, seed + 1)
     for model in (backbone, causal_lm):
         model.train()
         if stage.activation_checkpointing:
@@ -124,11 +123,3 @@ def build_revela(
         stage.batch.span,
         stage.batch.forward_rows,
     )
-
-
-def _adapted(model: nn.Module, lora: Lora | None, adapter: Path | None, causal: bool, seed: int) -> nn.Module:
-    if adapter is not None:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # pyright: ignore[reportArgumentType]
-    if lora is None:
-        return model
-    return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, causal, seed)
