@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, rank
 from toolkit.data.spans import RevelaBatch
