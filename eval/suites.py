@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from toolkit.data.beir import beir_splits, read_beir_texts, read_judgements
 from toolkit.data.records import Collection
 from toolkit.data.stdlib_corpus import collection as stdlib_collection
 from toolkit.recipe import RecipeError
@@ -69,82 +70,18 @@ def _local_task(collection: Collection, task_name: str, split: str, code: bool) 
 
 
 def _load_folder(folder: Path, split: str | None) -> Task:
-    for part in ("corpus.jsonl", "queries.jsonl", "qrels"):
-        if not (folder / part).exists():
-            raise RecipeError(
-                f"{folder}: {part} is missing; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv"
-            )
-    splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+    splits = beir_splits(folder)
     if split is None:
         split = "test" if "test" in splits else splits[0] if len(splits) == 1 else None
     if split not in splits:
         found = ", ".join(f"{folder}:{s}" for s in splits) or "none (a split is a file qrels/NAME.tsv)"
         raise RecipeError(f"{folder}: name one of its splits; found {found}")
-    documents, queries = _texts(folder / "corpus.jsonl"), _texts(folder / "queries.jsonl")
-    qrels = _judgements(folder / "qrels" / f"{split}.tsv", queries)
+    documents, queries = read_beir_texts(folder / "corpus.jsonl"), read_beir_texts(folder / "queries.jsonl")
+    qrels = read_judgements(folder / "qrels" / f"{split}.tsv", queries)
     if not any(grade > 0 and did in documents for grades in qrels.values() for did, grade in grades.items()):
         raise RecipeError(f"{folder}/qrels/{split}.tsv: no judged document is in corpus.jsonl; their ids must agree")
     name = folder.resolve().name
     return _local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split, code=False)
-
-
-def _texts(path: Path) -> dict[str, str]:
-    """Id -> text, with the title before it where there is one (title + " " + text, as mteb)."""
-    texts: dict[str, str] = {}
-    for number, line in _lines(path):
-        at = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{at}: not valid JSON ({error.msg}); write one object a line") from None
-        if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
-            raise RecipeError(f'{at}: write {{"_id": ..., "text": "..."}}, and "title" if there is one')
-        title = row.get("title") or ""
-        if not isinstance(title, str):
-            raise RecipeError(f"{at}: title is no text; write a string or leave it out")
-        row_id = str(row["_id"])
-        if row_id in texts:
-            raise RecipeError(f"{at}: _id {row_id!r} stands in an earlier line too; ids must differ")
-        texts[row_id] = f"{title} {row['text']}".strip()
-    if not texts:
-        raise RecipeError(f"{path}: is empty; write one JSON object a line")
-    return texts
-
-
-def _judgements(path: Path, queries: dict[str, str]) -> dict[str, dict[str, int]]:
-    """Query id -> document id -> grade, from query-id, corpus-id and score between tabs, below a header."""
-    qrels: dict[str, dict[str, int]] = {}
-    for number, line in _lines(path):
-        fields = line.split("\t")
-        is_judgement = len(fields) == 3 and fields[2].strip().lstrip("-").isdecimal()
-        if number == 1:
-            if is_judgement:
-                raise RecipeError(
-                    f"{path}: line 1: the header is missing; the first line is query-id, corpus-id, score"
-                )
-            continue
-        if not is_judgement:
-            raise RecipeError(
-                f"{path}: line {number}: write query-id, corpus-id and a whole number between tabs; found {line!r:.60}"
-            )
-        query, document, grade = fields
-        if query not in queries:
-            raise RecipeError(f"{path}: line {number}: query {query!r} is not in queries.jsonl; add it there")
-        qrels.setdefault(query, {})[document] = int(grade)
-    if not qrels:
-        raise RecipeError(f"{path}: holds no judgement")
-    return qrels
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number from 1 and text of each line that is not blank."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
 
 
 # --------------------------------------------------------------------------- mteb

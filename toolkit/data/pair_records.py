@@ -3,13 +3,35 @@
 Called by prepare (training data of the contrastive objective). A malformed row is a RecipeError with place and fix.
 """
 
+import hashlib
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.recipe import FolderSource, HubSource, StdlibSource
+from toolkit.data.beir import beir_splits, read_beir_texts, read_judgements
+from toolkit.data.records import (
+    checked_text,
+    fingerprint,
+    hub_dataset,
+    kind_of,
+    no_column,
+    read_rows,
+    source_files,
+    with_title,
+)
+from toolkit.data.stdlib_corpus import collection, summary
+from toolkit.recipe import Fields, FolderSource, HubSource, RecipeError, StdlibSource
 
 PairSource = HubSource | FolderSource | StdlibSource
+
+# Columns read as they are where the recipe names none.
+QUERIES = ("query", "anchor")  # Tevatron and FlagEmbedding; sentence-transformers
+POSITIVES = ("positive_passages", "positive", "positives", "pos")
+NEGATIVES = ("negative_passages", "negatives", "neg")
+NEGATIVE_TUPLE = re.compile(r"negative(?:_(\d+))?")  # sentence-transformers: one column for each negative
 
 
 class PairRecord(NamedTuple):
@@ -22,19 +44,222 @@ class PairRecord(NamedTuple):
 
 
 def read_pairs(source: PairSource, counts: Counter[str]) -> Iterator[PairRecord]:
-    """Rows of one source, in order; adds to counts["rows"], ["empty"] (no query or positive) and ["missing"] (beir).
+    """Rows of one source, in order; adds to counts["rows"], ["empty"] (no query or no positive) and ["missing"].
+
+    Rows are read from format pairs, from the judged queries of format beir (which holds the whole corpus in memory;
+    counts["missing"]: judged queries and documents that the folder lacks) and from the training docstrings of the
+    standard library. Null is the empty text; empty positives and negatives are dropped.
 
     Raises:
         RecipeError: for a malformed row (where, what, fix), unknown columns, missing files, no access to the hub.
     """
-    raise NotImplementedError
+    if isinstance(source, StdlibSource):
+        return _stdlib_pairs(counts)
+    if isinstance(source, FolderSource) and source.format == "beir":
+        return _beir_pairs(source, counts)
+    return _row_pairs(source, counts)
 
 
 def pair_fingerprint(source: PairSource) -> list[Any]:
     """What tells that a source has changed, without reading it: names, sizes and times of files, hub ids, a digest."""
-    raise NotImplementedError
+    if isinstance(source, FolderSource):
+        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in pair_files(source)]
+    return ["stdlib", summary()["digest"]] if isinstance(source, StdlibSource) else fingerprint(source)
 
 
 def content_hash(source: PairSource) -> str:
-    """32 hex digits of a source's content: the bytes of its files, the hub's own fingerprint, the corpus's digest."""
-    raise NotImplementedError
+    """32 hex digits of the content alone: the bytes of files, the fingerprint of a hub dataset, the corpus's digest."""
+    if isinstance(source, FolderSource):
+        parts = [_file_hash(path) for path in pair_files(source)]
+    elif isinstance(source, HubSource):
+        # The library's own: a hash of id, configuration, split and revision of the files.
+        parts = [source.hub, source.config, source.split, hub_dataset(source)._fingerprint]
+    else:
+        parts = ["stdlib", source.stdlib, summary()["digest"]]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def pair_files(source: FolderSource) -> list[Path]:
+    """The files that hold a folder's pairs; of format beir corpus, queries and the split's judgements.
+
+    Raises:
+        RecipeError: if there are none; for beir, with the splits there are.
+    """
+    if source.format != "beir":
+        return source_files(source.folder)
+    folder = Path(source.folder).expanduser()
+    if not folder.is_dir():
+        raise RecipeError(f"data.sources: {source.folder} is no folder; name a folder in BEIR layout")
+    splits = beir_splits(folder)
+    if source.split not in splits:
+        fix = f"set split to {' or '.join(splits)}" if splits else "put the judgements there"
+        raise RecipeError(f"data.sources: {folder} has no qrels/{source.split}.tsv; {fix}")
+    return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{source.split}.tsv"]
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); mend the file or its rights") from None
+
+
+# --------------------------------------------------------------------------- columns
+
+
+class Layout(NamedTuple):
+    """Which columns hold what."""
+
+    query: str
+    positive: str
+    negatives: list[str]
+    weight: str | None
+
+    def columns(self) -> list[str]:
+        """All of them, each once."""
+        named = [self.query, self.positive, *self.negatives, *([] if self.weight is None else [self.weight])]
+        return list(dict.fromkeys(named))
+
+
+def _layout(found: list[str], fields: Fields, where: str) -> Layout:
+    """The columns that the recipe names and, for those it does not, the known names among the rest."""
+    named = [("query", fields.query), ("positive", fields.positive), ("weight", fields.weight)]
+    named += [("negatives", name) for name in fields.negatives or []]
+    for key, name in named:
+        if name is not None and name not in found:
+            raise no_column(name, key, found, where)
+    taken = {name for _, name in named}
+    free = [name for name in found if name not in taken]
+    query = fields.query or _the_one("query", QUERIES, free, found, where)
+    positive = fields.positive or _the_one("positive", POSITIVES, free, found, where)
+    return Layout(
+        query, positive, _negatives(free, where) if fields.negatives is None else fields.negatives, fields.weight
+    )
+
+
+def _the_one(key: str, known: tuple[str, ...], free: list[str], found: list[str], where: str) -> str:
+    fits = [name for name in known if name in free]
+    if len(fits) > 1:
+        raise RecipeError(f"{where}: columns {' and '.join(fits)} may each be the {key}; set fields.{key} to one")
+    if not fits:
+        raise RecipeError(
+            f"{where}: no column {' or '.join(known)}; set fields.{key} to one of {', '.join(found) or 'none'}"
+        )
+    return fits[0]
+
+
+def _negatives(free: list[str], where: str) -> list[str]:
+    numbered = [(int(match[1] or 0), name) for name in free if (match := NEGATIVE_TUPLE.fullmatch(name))]
+    fits = [[name] for name in NEGATIVES if name in free]
+    fits += [[name for _, name in sorted(numbered)]] if numbered else []
+    if len(fits) > 1:
+        names = " and ".join(names[0] for names in fits)
+        raise RecipeError(f"{where}: columns {names} may each be the negatives; list those to read in fields.negatives")
+    return fits[0] if fits else []
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def _row_pairs(source: HubSource | FolderSource, counts: Counter[str]) -> Iterator[PairRecord]:
+    fields = source.fields
+
+    def columns(found: list[str], where: str) -> list[str]:
+        return _layout(found, fields, where).columns()
+
+    first: Layout | None = None
+    seen: list[str] = []
+    for where, row in read_rows(source, columns):
+        if not isinstance(row, dict):
+            raise RecipeError(f"{where}: a JSON object is needed, found {kind_of(row)}; write one object a line")
+        if first is None or list(row) != seen:
+            seen = list(row)
+            layout = _layout(seen, fields, where)
+            first = first or layout
+            if layout != first:  # else negatives would be lost without a word
+                raise RecipeError(
+                    f"{where}: columns {', '.join(layout.columns())}, but {', '.join(first.columns())} in the first "
+                    f"row; give all rows the same (null for none) or name them in fields"
+                )
+        counts["rows"] += 1
+        record = _record(row, first, fields, where)
+        if record is None:
+            counts["empty"] += 1
+        else:
+            yield record
+
+
+def _record(row: dict[str, Any], layout: Layout, fields: Fields, where: str) -> PairRecord | None:
+    query = checked_text(row[layout.query], "query", layout.query, where)
+    positives = _passages(row[layout.positive], "positive", layout.positive, fields, where)
+    negatives = [text for name in layout.negatives for text in _passages(row[name], "negatives", name, fields, where)]
+    weight = 1.0 if layout.weight is None else _weight(row[layout.weight], layout.weight, where)
+    return PairRecord(query, positives, negatives, weight) if query.strip() and positives else None
+
+
+def _passages(value: Any, key: str, column: str, fields: Fields, where: str) -> list[str]:
+    """The texts of a column: a text, a passage, or a list of them; without the empty ones."""
+    items = value if isinstance(value, list) else [value]
+    texts = [_passage(item, key, column, fields, where) for item in items]
+    return [text for text in texts if text.strip()]
+
+
+def _passage(value: Any, key: str, column: str, fields: Fields, where: str) -> str:
+    if not isinstance(value, dict):
+        return checked_text(value, key, column, where)
+    for name, setting in ((fields.text, "text"), (fields.title, "title")):
+        if name is not None and name not in value:
+            raise RecipeError(
+                f"{where}: a passage of {column!r} without {name!r}; set fields.{setting} to one of "
+                f"{', '.join(value) or 'none'}"
+            )
+    text = checked_text(value[fields.text], "text", f"{column}.{fields.text}", where)
+    title_name = fields.title or "title"
+    title = checked_text(value.get(title_name), "title", f"{column}.{title_name}", where)
+    return with_title(title, text) if text.strip() else ""
+
+
+def _weight(value: Any, column: str, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        weight = float(value) if is_number else math.nan
+    except OverflowError:
+        weight = math.inf
+    if not 0 < weight < math.inf:
+        raise RecipeError(
+            f"{where}: {column!r} holds {kind_of(value)}, a number above 0 is needed; "
+            f"set fields.weight to a column of weights"
+        )
+    return weight
+
+
+# --------------------------------------------------------------------------- collections
+
+
+def _beir_pairs(source: FolderSource, counts: Counter[str]) -> Iterator[PairRecord]:
+    corpus, asked, judgements = pair_files(source)
+    documents, queries = read_beir_texts(corpus), read_beir_texts(asked)
+    some = False
+    for query, grades in read_judgements(judgements).items():
+        counts["rows"] += 1
+        counts["missing"] += sum(document not in documents for document in grades) + (query not in queries)
+        texts = {name: documents[name] for name in sorted(grades) if documents.get(name)}
+        positives = [text for name, text in texts.items() if grades[name] > 0]
+        negatives = [text for name, text in texts.items() if grades[name] <= 0]
+        if query not in queries:
+            continue
+        if not queries[query] or not positives:
+            counts["empty"] += 1
+            continue
+        some = True
+        yield PairRecord(queries[query], positives, negatives, 1.0)
+    if not some:
+        raise RecipeError(f"{judgements}: no query has a relevant document in corpus.jsonl; their ids must agree")
+
+
+def _stdlib_pairs(counts: Counter[str]) -> Iterator[PairRecord]:
+    _, documents, queries, qrels = collection("train")
+    for query, grades in qrels.items():
+        counts["rows"] += 1
+        yield PairRecord(queries[query], [documents[document] for document in grades], [], 1.0)

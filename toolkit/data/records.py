@@ -1,6 +1,7 @@
 """Sources of a recipe -> checked records, one after another in constant memory; and the type of a collection.
 
-Called by prepare (training data). A malformed line is a RecipeError that names file, line and fix.
+Called by prepare (training data) and, for rows of files and of the hub, by pair_records. A malformed line is a
+RecipeError that names file, line and fix.
 """
 
 import gzip
@@ -41,9 +42,13 @@ def read_source(source: HubSource | FolderSource, counts: Counter[str]) -> Itera
     Raises:
         RecipeError: for a malformed row (where, what, fix), unequal groups, missing files, no access to the hub.
     """
-    rows = _hub_rows(source) if isinstance(source, HubSource) else _folder_rows(source)
+
+    def columns(found: list[str], where: str) -> list[str]:
+        _require(found, source, where)
+        return _columns(source)
+
     size = None
-    for where, row in rows:
+    for where, row in read_rows(source, columns):
         counts["rows"] += 1
         record = _group(row, source, where) if source.format == "groups" else _single(row, source, where)
         if record is None:
@@ -68,6 +73,16 @@ def fingerprint(source: HubSource | FolderSource) -> list[Any]:
 # --------------------------------------------------------------------------- rows of files and of the hub
 
 Rows = Iterator[tuple[str, Any]]  # (where, row)
+ChooseColumns = Callable[[list[str], str], list[str]]  # (columns found, where) -> those to read
+
+
+def read_rows(source: HubSource | FolderSource, columns: ChooseColumns) -> Rows:
+    """(Where, row) of every row, unchecked; of parquet and hub data only the columns chosen.
+
+    Raises:
+        RecipeError: for files that are missing, damaged or no JSON (with file and line), no access to the hub.
+    """
+    return _hub_rows(source, columns) if isinstance(source, HubSource) else _folder_rows(source, columns)
 
 
 def source_files(folder: str) -> list[Path]:
@@ -87,9 +102,9 @@ def source_files(folder: str) -> list[Path]:
     return files
 
 
-def _folder_rows(source: FolderSource) -> Rows:
+def _folder_rows(source: FolderSource, columns: ChooseColumns) -> Rows:
     for path in source_files(source.folder):
-        yield from _parquet_rows(path, source) if path.suffix == ".parquet" else _jsonl_rows(path)
+        yield from _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Rows:
@@ -114,15 +129,15 @@ def _json(line: bytes, where: str) -> Any:
         raise RecipeError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
     except RecursionError:
         raise RecipeError(f"{where}: not JSON of use (nested too deep); write one object a line") from None
+    except ValueError:
+        raise RecipeError(f"{where}: not JSON of use (a number too long); write one object a line") from None
 
 
-def _parquet_rows(path: Path, source: FolderSource) -> Rows:
+def _parquet_rows(path: Path, columns: ChooseColumns) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in _columns(source) if name in file.schema_arrow.names]
-            _require(columns, file.schema_arrow.names, source, str(path))
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for batch in file.iter_batches(batch_size=1024, columns=columns(file.schema_arrow.names, str(path))):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
@@ -132,13 +147,18 @@ def _parquet_rows(path: Path, source: FolderSource) -> Rows:
         raise RecipeError(f"{path}: holds text that is not UTF-8; write it again as UTF-8") from None
 
 
-def _hub_rows(source: HubSource) -> Rows:
+def _hub_rows(source: HubSource, columns: ChooseColumns) -> Rows:
+    dataset = hub_dataset(source)
+    chosen = columns(dataset.column_names, f"dataset {source.hub}")
+    for number, row in enumerate(dataset.select_columns(chosen), start=1):
+        yield f"dataset {source.hub}: row {number}", row
+
+
+def hub_dataset(source: HubSource) -> Any:
+    """The split of a hub dataset, kept on disk by the datasets library; see `load_from_hub` for failures."""
     import datasets  # here, since it is slow to import and needed for hub data alone
 
-    dataset = load_from_hub(source, datasets.load_dataset)
-    _require(dataset.column_names, dataset.column_names, source, f"dataset {source.hub}")
-    for number, row in enumerate(dataset.select_columns(_columns(source)), start=1):
-        yield f"dataset {source.hub}: row {number}", row
+    return load_from_hub(source, datasets.load_dataset)
 
 
 def load_from_hub(source: HubSource, load: Callable[..., Any]) -> Any:
@@ -175,65 +195,79 @@ def _columns(source: HubSource | FolderSource) -> list[str]:
     return list(dict.fromkeys(name for name in wanted if name is not None))
 
 
-def _require(present: list[str], all_columns: list[str], source: HubSource | FolderSource, where: str) -> None:
+def _require(found: list[str], source: HubSource | FolderSource, where: str) -> None:
     fields = source.fields
     wanted = {"text": fields.text, "title": fields.title, "document": fields.document}
     for key, name in wanted.items():
-        if name in _columns(source) and name not in present:
-            raise RecipeError(
-                f"{where}: no column {name!r}; set fields.{key} to one of {', '.join(all_columns) or 'none'}"
-            )
+        if name in _columns(source) and name not in found:
+            raise no_column(name, key, found, where)
+
+
+def no_column(name: str, key: str, found: list[str], where: str) -> RecipeError:
+    """The error for a column that the recipe names as fields.<key> and the data lacks."""
+    return RecipeError(f"{where}: no column {name!r}; set fields.{key} to one of {', '.join(found) or 'none'}")
 
 
 def _single(row: Any, source: FolderSource | HubSource, where: str) -> Record | None:
     fields = source.fields
     if not isinstance(row, dict):
         hint = '; set format to "groups"' if isinstance(row, list) else "; write one object a line"
-        raise RecipeError(f"{where}: a JSON object is needed, found {_kind(row)}{hint}")
-    _require(list(row), list(row), source, where)
-    text = _text(row[fields.text], "text", fields.text, where)
-    title = "" if fields.title is None else _text(row[fields.title], "title", fields.title, where)
+        raise RecipeError(f"{where}: a JSON object is needed, found {kind_of(row)}{hint}")
+    _require(list(row), source, where)
+    text = checked_text(row[fields.text], "text", fields.text, where)
+    title = "" if fields.title is None else checked_text(row[fields.title], "title", fields.title, where)
     document = None
     if source.format == "passages" and fields.document is not None:
         document = row[fields.document]
         if not isinstance(document, str | int) or isinstance(document, bool):
             raise RecipeError(
-                f"{where}: column {fields.document!r} holds {_kind(document)}; set fields.document to a column of ids"
+                f"{where}: column {fields.document!r} holds {kind_of(document)}; set fields.document to a column of ids"
             )
     if not text.strip():
         return None
-    return Record([f"{title} {text}" if title.strip() else text], None if document is None else str(document))
+    return Record([with_title(title, text)], None if document is None else str(document))
 
 
 def _group(row: Any, source: FolderSource | HubSource, where: str) -> Record | None:
     if isinstance(row, dict):
-        _require(list(row), list(row), source, where)
+        _require(list(row), source, where)
         row = row[source.fields.text]
     if not isinstance(row, list) or not row:
-        raise RecipeError(f"{where}: a group is a list of texts, found {_kind(row)}; set fields.text or format")
-    texts = [_text(text, "text", f"text {number}", where) for number, text in enumerate(row, start=1)]
+        raise RecipeError(f"{where}: a group is a list of texts, found {kind_of(row)}; set fields.text or format")
+    texts = [checked_text(text, "text", f"text {number}", where) for number, text in enumerate(row, start=1)]
     return Record(texts, None) if all(text.strip() for text in texts) else None
 
 
-def _text(value: Any, key: str, name: str, where: str) -> str:
-    """A string as it is, null as the empty text."""
+def with_title(title: str, text: str) -> str:
+    """The text after its title and one space; without a title, as it is."""
+    return f"{title} {text}" if title.strip() else text
+
+
+def checked_text(value: Any, key: str, name: str, where: str) -> str:
+    """A string as it is, null as the empty text; RecipeError for any other value, telling to mend fields.<key>."""
     if value is None:
         return ""
     if not isinstance(value, str):
         raise RecipeError(
-            f"{where}: {name!r} holds {_kind(value)}, text is needed; set fields.{key} to a column of text"
+            f"{where}: {name!r} holds {kind_of(value)}, text is needed; set fields.{key} to a column of text"
         )
-    if not value.isascii():
+    check_encodable(value, name, where)
+    return value
+
+
+def check_encodable(text: str, name: str, where: str) -> None:
+    """RecipeError for text that cannot be UTF-8."""
+    if not text.isascii():
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise RecipeError(
                 f"{where}: {name!r} holds half a surrogate pair (\\ud800 to \\udfff); mend the text"
             ) from None
-    return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """A value's kind in words, for errors."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     empty = isinstance(value, list | dict) and not value
     return (
