@@ -132,7 +132,7 @@ def on_every_rank(work: Callable[[], Any]) -> Any:
 
 def _download(hub: str) -> Path:
     """The local snapshot of a hub model: rank 0 first, then the others, who find it done or have their own disk."""
-    path = Path(_together(lambda: _snapshot(hub)))
+    path = Path(together(lambda: _snapshot(hub)))
     return Path(on_every_rank(lambda: path if rank() == 0 else _snapshot(hub)))
 
 
@@ -166,7 +166,7 @@ def hub_problem(hub: str, error: Exception) -> str:
             return f"the download broke off ({type(error).__name__}); start again to go on with it, {local}"
 
 
-def _together(work: Callable[[], Any]) -> Any:
+def together(work: Callable[[], Any]) -> Any:
     """What `work` returns on rank 0, on every rank; a RecipeError there is raised on every rank."""
 
     def outcome() -> list[Any]:
@@ -205,7 +205,7 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
             _announce(data, counts, PassageStore.open(folder))
         return str(folder)
 
-    folder = Path(_together(write))
+    folder = Path(together(write))
 
     def read() -> PassageStore:
         try:
@@ -301,7 +301,7 @@ def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
                 build_llama(config, seed).save_pretrained(work)  # pyright: ignore[reportCallIssue]
                 tokenizer.save_pretrained(work)
 
-    _together(write)
+    together(write)
     return folder
 
 

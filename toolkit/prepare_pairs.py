@@ -1,0 +1,203 @@
+"""Pairs of a stage as token ids, cached by content in <run>/../prepared, where all runs of that folder find them.
+
+Called by training on every rank: rank 0 does the work, and if it fails every rank raises the same RecipeError.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolkit.data.pair_records import PairRecord, PairSource, content_hash, pair_fingerprint, read_pairs
+from toolkit.data.pairs import PairStore, Prefixes, write_pairs
+from toolkit.data.tokens import tokenize
+from toolkit.determinism import generator
+from toolkit.models.backbone import load_tokenizer
+from toolkit.prepare import on_every_rank, together
+from toolkit.recipe import Data, EncoderSettings, FolderSource, RecipeError, source_name
+
+_LAYOUT = 1  # of the store; one more makes older caches unread
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# Keys of a source that do not change what is stored: place and share. Its prefixes are resolved first.
+_NOT_STORED = {"folder", "weight", "query_prefix", "passage_prefix"}
+
+
+def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, run: Path, seed: int) -> PairStore:
+    """The pairs of a stage's sources, tokenised once beside `run`, on a disk that all nodes must see.
+
+    The cache is keyed by what the files hold, wherever they lie. Files whose names, sizes and times are as they were
+    when they were last read are not read again.
+
+    Raises:
+        RecipeError: for malformed or empty data, a limit above a source's rows, or files that change while they are
+            read; the same on every rank.
+    """
+
+    def write() -> str:
+        cache = run.parent / "prepared"
+        cache.mkdir(parents=True, exist_ok=True)
+        fingerprints = [pair_fingerprint(source) for source in data.sources]
+        contents = [_content(*known, cache) for known in zip(data.sources, fingerprints, strict=True)]
+        folder = cache / f"pairs_{_key(data, contents, encoder, tokenizer_folder, seed)}"
+        if not folder.is_dir():
+            counts = [Counter[str]() for _ in data.sources]
+            with _placing(folder) as work:
+                meta = _write(data, encoder, tokenizer_folder, seed, counts, work)
+                for source, fingerprint in zip(data.sources, fingerprints, strict=True):
+                    _check_unchanged(source, fingerprint)
+            _announce(meta, sum(counts, Counter()))
+        return str(folder)
+
+    folder = Path(together(write))
+
+    def read() -> PairStore:
+        try:
+            return PairStore(folder)
+        except FileNotFoundError:
+            node = socket.gethostname()
+            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+
+    return on_every_rank(read)
+
+
+# --------------------------------------------------------------------------- the key of the cache
+
+
+def _key(data: Data, contents: list[str], encoder: EncoderSettings, tokenizer_folder: Path, seed: int) -> str:
+    """16 hex digits of everything that decides what is stored."""
+    sources = [source.model_dump(mode="json", exclude=_NOT_STORED) for source in data.sources]
+    limited = any(source.limit is not None for source in data.sources)
+    tokenizer = [
+        [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in sorted(tokenizer_folder.iterdir())
+        if any(fnmatch(path.name, pattern) for pattern in _TOKENIZER_FILES)
+    ]
+    parts = [
+        _LAYOUT,
+        contents,
+        sources,
+        tokenizer,
+        [_prefixes(source, encoder) for source in data.sources],
+        [encoder.max_tokens, encoder.append_eos],
+        seed if limited else None,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _content(source: PairSource, fingerprint: list[Any], cache: Path) -> str:
+    """The content hash of a source; that of files is remembered by their names, sizes and times."""
+    if not isinstance(source, FolderSource):
+        return content_hash(source)
+    key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+    remembered = cache / f"content_{key}.json"
+    if remembered.is_file():
+        return json.loads(remembered.read_text(encoding="utf-8"))["content"]
+    content = content_hash(source)
+    _check_unchanged(source, fingerprint)
+    work = _aside(remembered)
+    work.write_text(json.dumps({"files": fingerprint, "content": content}) + "\n", encoding="utf-8")
+    os.replace(work, remembered)
+    return content
+
+
+def _check_unchanged(source: PairSource, fingerprint: list[Any]) -> None:
+    if pair_fingerprint(source) != fingerprint:
+        raise RecipeError(f"data.sources: {source_name(source)} changed while it was read; start again when it is done")
+
+
+def _prefixes(source: PairSource, encoder: EncoderSettings) -> Prefixes:
+    return (
+        encoder.query_prefix if source.query_prefix is None else source.query_prefix,
+        encoder.passage_prefix if source.passage_prefix is None else source.passage_prefix,
+    )
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def _aside(path: Path) -> Path:
+    """A name that no other run has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+@contextmanager
+def _placing(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, unless another run was first; else it goes."""
+    work = _aside(folder)
+    work.mkdir()
+    try:
+        yield work
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # gone already, if it was renamed
+
+
+def _write(
+    data: Data, encoder: EncoderSettings, tokenizer_folder: Path, seed: int, counts: list[Counter[str]], work: Path
+) -> dict[str, Any]:
+    try:
+        tokenizer = load_tokenizer(tokenizer_folder)
+    except ValueError as error:
+        raise RecipeError(f"start: {error}") from None
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenize(tokenizer, texts, "", encoder.max_tokens, encoder.append_eos)
+
+    prefixes = [_prefixes(source, encoder) for source in data.sources]
+    return write_pairs(_records(data, seed, counts), prefixes, encode, work)
+
+
+def _records(data: Data, seed: int, counts: list[Counter[str]]) -> Iterator[tuple[int, PairRecord]]:
+    """(source number, row) of all sources."""
+    for number, source in enumerate(data.sources):
+        some = False
+        for record in _rows(source, number, seed, counts[number]):
+            some = True
+            yield number, record
+        if not some:
+            raise RecipeError(
+                f"data.sources.{number}: no pair in {counts[number]['rows']} rows; name a source that holds some"
+            )
+
+
+def _rows(source: PairSource, number: int, seed: int, counts: Counter[str]) -> Iterator[PairRecord]:
+    """A source's rows or, with a limit, the first so many of a permutation of them, in the source's order."""
+    if source.limit is None:
+        yield from read_pairs(source, counts)
+        return
+    total = sum(1 for _ in read_pairs(source, counts))
+    if 0 < total < source.limit:
+        raise RecipeError(
+            f"data.sources.{number}.limit: {source.limit} rows are more than the source's {total}; lower or remove it"
+        )
+    chosen = np.zeros(total, dtype=bool)
+    chosen[generator("limit", seed, number).permutation(total)[: source.limit]] = True
+    for row, record in enumerate(read_pairs(source, Counter())):
+        if chosen[row]:
+            yield record
+
+
+def _announce(meta: dict[str, Any], counts: Counter[str]) -> None:
+    print(
+        f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
+        + (f"{counts['missing']:,} judged texts are missing; " if counts["missing"] else "")
+        + f"{sum(meta['sizes']):,} pairs, {meta['queries']:,} queries, {meta['documents']:,} documents, "
+        f"digest {meta['digest']}, {meta['tokens']:,} tokens",
+        flush=True,
+    )
