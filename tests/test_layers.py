@@ -13,12 +13,13 @@ ABOVE_MODELS = LIGHT | {"toolkit.models", "toolkit.data", "toolkit.embed", "tool
 
 # What of ours each module may import; the longest matching name counts.
 OURS = {
-    "toolkit.recipe": {"toolkit.recipe_errors"},
+    "toolkit.recipe": {"toolkit.recipe_errors", "toolkit.recipe_checks"},
+    "toolkit.recipe_checks": {"toolkit.recipe"},
     "toolkit.recipe_errors": set(),
     "toolkit.files": set(),
     "toolkit.collectives": set(),
     "toolkit.determinism": set(),
-    "toolkit.slicing": {"toolkit.collectives"},
+    "toolkit.slicing": {"toolkit.collectives", "toolkit.data.tokens"},
     "toolkit.losses": set(),
     "toolkit.data": LIGHT | {"toolkit.data"},
     "toolkit.models": {"toolkit.models", "toolkit.data.tokens", "toolkit.losses"},
@@ -28,6 +29,8 @@ OURS = {
     "toolkit.search": ABOVE_MODELS,
     "toolkit.bm25": ABOVE_MODELS,
     "toolkit.prepare": ABOVE_MODELS,
+    "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare"},
+    "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare"},
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS | {"eval", "toolkit.export"},
     "launcher": {"toolkit", "eval", "launcher"},
@@ -36,6 +39,7 @@ OURS = {
 OTHERS = {
     "toolkit.recipe": {"pydantic"},
     "toolkit.recipe_errors": {"pydantic"},
+    "toolkit.recipe_checks": set(),
     "toolkit.collectives": {"torch"},
     "toolkit.determinism": {"torch", "numpy"},
     "toolkit.slicing": {"torch"},

@@ -71,11 +71,11 @@ SINGLE = [
         {"hub": "a/b", "splt": "x"},
         "stages.0.data.sources.0.splt: unknown key; did you mean split?",
     ),
-    ("stages.0.data.sources.0.formt", 1, "stages.0.data.sources.0.formt: unknown key; known: stdlib"),
+    ("stages.0.data.sources.0.formt", 1, "stages.0.data.sources.0.formt: unknown key; known: limit, passage_prefix, query_prefix, stdlib, weight"),
     ("stages.0.optim.lr", MISSING, "stages.0.optim.lr: missing; add this key: peak learning rate"),
     ("stages.1.objective.name", MISSING, "stages.1.objective.name: missing; add this key"),
     ("stages.1.objective.name", "revella", "stages.1.objective.name: 'revella' is unknown; did you mean revela?"),
-    ("stages.1.objective.name", "x", "stages.1.objective.name: 'x' is unknown; known: language_model, revela"),
+    ("stages.1.objective.name", "x", "stages.1.objective.name: 'x' is unknown; known: language_model, revela, contrastive, recontriever"),
     ("stages.1.objective", "revela", 'stages.1.objective: must be a section; write {...} in place of "revela"'),
     ("stages.0.optim", 3, "stages.0.optim: must be a section; write {...} in place of 3"),
     ("stages.0.lora", True, "stages.0.lora: must be a section; write {...} in place of true"),
@@ -195,7 +195,7 @@ def stage_with(tmp_path: Path, **batch: Any):
 
 def test_batch_numbers_of_a_pool_on_one_rank(tmp_path):
     stage = stage_with(tmp_path, pool=16, span="rank", pools_per_step=12, forward_rows=5)
-    expected = {"rows_per_step_global": 192, "rows_per_forward_per_rank": 16, "slices_per_forward": 4}
+    expected = {"rows_per_step_global": 192, "rows_per_forward_per_rank": 16}
     assert batch_numbers(stage, 1) == expected | {"accumulation_per_rank": 12}
     assert batch_numbers(stage, 4) == expected | {"accumulation_per_rank": 3}
     with pytest.raises(RecipeError) as caught:
@@ -208,7 +208,7 @@ def test_batch_numbers_of_a_pool_on_one_rank(tmp_path):
 
 def test_batch_numbers_of_a_pool_over_all_ranks(tmp_path):
     stage = stage_with(tmp_path, pool=18, span="world", pools_per_step=4, forward_rows=None)
-    expected = {"rows_per_step_global": 72, "accumulation_per_rank": 4, "slices_per_forward": 1}
+    expected = {"rows_per_step_global": 72, "accumulation_per_rank": 4}
     assert batch_numbers(stage, 1) == expected | {"rows_per_forward_per_rank": 18}
     assert batch_numbers(stage, 3) == expected | {"rows_per_forward_per_rank": 6}
     with pytest.raises(RecipeError) as caught:

@@ -84,7 +84,7 @@ CROSS = {
     "groups with keys of documents": (
         [("stages.0.data.sources", [GROUPS])],
         [
-            "stages.0.data.passages: only sources of format documents are cut; remove the key",
+            "stages.0.data.passages: only documents for revela or language_model are cut; remove the key",
             "stages.0.data.interleave: groups are read as they are; remove the key",
         ],
     ),

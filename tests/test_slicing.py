@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import toolkit.slicing
-from toolkit.slicing import in_slices
+from toolkit.data.tokens import Tokens
+from toolkit.slicing import Slices, in_slices, padding, plan_slices
 
 
 class Pair(NamedTuple):
     left: Tensor
     right: Tensor
+
+
+def plan(rows: int | None, total: int) -> Slices:
+    return plan_slices(torch.ones(total, 1), rows, None)
 
 
 def model() -> nn.Module:
@@ -26,7 +31,7 @@ def gradients(net: nn.Module, rows: int | None, x: Tensor) -> list[Tensor]:
     """Gradients of a loss in which every row meets every other, so that slices are not independent."""
     net.zero_grad()
     torch.manual_seed(1)
-    y = in_slices(net, rows, x)
+    y = in_slices(net, plan(rows, len(x)), x)
     (y @ y.T).logsumexp(1).sum().backward()
     return [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
@@ -65,9 +70,9 @@ def test_named_tuples_and_nesting() -> None:
         return rows.tanh()
 
     def outer(pair: Pair) -> Pair:
-        return Pair(in_slices(inner, 1, pair.left) * 2, pair.right.sum(1))
+        return Pair(in_slices(inner, plan(1, len(pair.left)), pair.left) * 2, pair.right.sum(1))
 
-    found = in_slices(outer, 2, Pair(x, x))
+    found = in_slices(outer, plan(2, 5), Pair(x, x))
     assert isinstance(found, Pair) and found.left.shape == (5, 3) and found.right.shape == (5,)
     found.left.sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, 2 * (1 - x.tanh() ** 2))
@@ -80,14 +85,73 @@ def test_only_one_slice_is_alive() -> None:
         sizes: list[int] = []
         net, x = model().eval(), torch.randn(total, 4, dtype=torch.float64)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-            in_slices(net, rows, x)
+            in_slices(net, plan(rows, total), x)
         return sum(sizes)
 
     assert saved(None, 64) > 1.5 * saved(None, 32)
-    assert saved(8, 64) <= 64 * 4 * 8  # nothing but the inputs of the slices
+    assert saved(8, 64) <= 64 * 4 * 8 + 2 * 64 * 8  # nothing but the slices' inputs, their row numbers and the way back
 
 
 @pytest.mark.parametrize("inputs", [(torch.ones(2, 1), torch.ones(3, 1)), (torch.ones(0, 1),)])
 def test_refuses_rows_that_do_not_match(inputs: tuple[Tensor, ...]) -> None:
     with pytest.raises(ValueError, match="one common, positive number of rows"):
-        in_slices(lambda *x: x[0], 2, *inputs)
+        in_slices(lambda *x: x[0], plan(2, 4), *inputs)
+
+
+# --------------------------------------------------------------------------- slices by tokens
+
+
+def ragged(lengths: list[int]) -> Tokens:
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    return Tokens(torch.arange(1, mask.numel() + 1).view_as(mask) * mask, mask)
+
+
+LENGTHS = [3, 17, 1, 8, 8, 2, 30, 5, 5, 4]
+
+
+@pytest.mark.parametrize("budget", [1, 8, 20, 40, 1000])
+def test_slices_by_tokens_hold_every_row_once_and_keep_the_budget(budget: int) -> None:
+    slices = plan_slices(ragged(LENGTHS).attention_mask, None, budget)
+    assert slices.rows is not None
+    assert sorted(torch.cat(slices.rows).tolist()) == list(range(len(LENGTHS)))
+    assert slices.num_tokens == sum(LENGTHS)
+    assert slices.num_padded == sum(len(r) * n for r, n in zip(slices.rows, slices.lengths, strict=True))
+    for rows, length in zip(slices.rows, slices.lengths, strict=True):
+        assert length == max(LENGTHS[row] for row in rows)
+        assert len(rows) == 1 or len(rows) * length <= budget
+
+
+def test_sorted_slices_waste_less_than_slices_in_order() -> None:
+    mask = ragged(LENGTHS).attention_mask
+    in_order, by_length = plan_slices(mask, 2, None), plan_slices(mask, None, 34)
+    assert by_length.num_padded < in_order.num_padded < mask.numel() == plan_slices(mask, None, None).num_padded
+    wasted, ran = padding([in_order, by_length], torch.device("cpu"))
+    assert float(ran) == in_order.num_padded + by_length.num_padded
+    assert float(ran - wasted) == 2 * sum(LENGTHS)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(3, None), (None, 9), (None, 34), (None, 1000)])
+def test_padding_is_cut_and_order_is_kept(rows: int | None, tokens: int | None) -> None:
+    text, widths = ragged(LENGTHS), []
+    table = torch.randn(text.input_ids.numel() + 1, 4, dtype=torch.float64, requires_grad=True)
+
+    def embed(part: Tokens) -> Tensor:
+        widths.append(part.input_ids.shape[1])
+        return (table[part.input_ids] * part.attention_mask[..., None]).sum(1)
+
+    found = in_slices(embed, plan_slices(text.attention_mask, rows, tokens), text)
+    expected = embed(text)
+    weight = torch.arange(len(LENGTHS), dtype=torch.float64)[:, None]  # tells the rows apart
+    gradients = [torch.autograd.grad((y * weight).tanh().sum(), table)[0] for y in (found, expected)]
+    assert torch.equal(found, expected) and torch.equal(*gradients)
+    assert not torch.equal(found.flip(0), expected)
+    assert min(widths) < max(LENGTHS) or tokens == 1000
+
+
+def test_every_rank_gets_as_many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = ragged(LENGTHS).attention_mask
+    alone = plan_slices(mask, None, 40).rows
+    monkeypatch.setattr(toolkit.slicing, "max_over_ranks", lambda value, device: max(value, 9))
+    agreed = plan_slices(mask, None, 40).rows
+    assert alone is not None and agreed is not None and len(alone) < len(agreed) == 9
+    assert sorted(torch.cat(agreed).tolist()) == list(range(len(LENGTHS)))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertTokenizer
 
+from toolkit.data.crops import CropBatch
+from toolkit.data.pairs import PairBatch
 from toolkit.data.spans import RevelaBatch
 from toolkit.data.tokens import Tokens, pad
 from toolkit.recipe import Recipe, Stage
@@ -108,3 +110,80 @@ def rows_of(batch: Any, first: int, last: int) -> Any:
         length = int(batch.attention_mask[first:last].sum(1).max())
         return Tokens(*(t[first:last, :length] for t in batch))
     return type(batch)(*(rows_of(x, first, last) if isinstance(x, tuple) else x[first:last] for x in batch))
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "contrastive": {
+        "objective": {"name": "contrastive", "temperature": 0.05},
+        "data": {"sources": [{"folder": "unused", "format": "pairs"}]},
+    },
+    "recontriever": {
+        "objective": {
+            "name": "recontriever", "temperature": 0.5, "views": 3, "relevance": "linear",
+            "queue": {"size": 192, "momentum": 0.9, "dtype": "fp32"},
+        },
+        "data": {
+            "sources": [{"folder": "unused"}],
+            "crops": {"chunk_tokens": 16, "min_ratio": 0.2, "max_ratio": 0.5, "delete": 0.1},
+        },
+    },
+}  # fmt: skip
+
+
+def stage_of(method: str, **changes: Any) -> Stage:
+    """A stage of a contrastive method; `changes` are `section__key=value`."""
+    return revela_stage(name=method, **json.loads(json.dumps(METHODS[method])), **changes)
+
+
+def random_tokens(rows: int, generator: torch.Generator) -> Tokens:
+    """Random texts of uneven lengths (4 to 14 tokens), right padded."""
+    lengths = torch.randint(4, 15, (rows,), generator=generator).tolist()
+    return pad([torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths], 0)
+
+
+def random_pairs(num_pools: int, pool: int, positives: int, negatives: int, seed: int = 0) -> list[PairBatch]:
+    """Pools of random pairs with uneven weights: absent slots, one document in two rows, one query twice."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one() -> PairBatch:
+        keys = 100 + torch.randperm(pool * (positives + negatives), generator=generator).view(pool, -1)
+        positive, negative = keys[:, :positives].clone(), keys[:, positives:].clone()
+        positive[1, 0] = positive[5, 0]
+        if negatives:
+            negative[2, 0] = positive[6, 0]
+            negative[3, -1] = -1
+        if positives > 1:
+            positive[4, 1] = -1
+        query = torch.arange(pool) + 1000
+        query[7] = query[0]
+        document = random_tokens(pool * (positives + negatives), generator)
+        known = torch.cat([positive, torch.full((pool, 1), -1)], 1)
+        known[0, -1] = positive[2, 0]  # a positive that was not drawn
+        weight = 0.5 + torch.rand(pool, generator=generator)
+        return PairBatch(random_tokens(pool, generator), document, query, positive, negative, known, weight)
+
+    return [one() for _ in range(num_pools)]
+
+
+def rows_of_pairs(batch: PairBatch, first: int, last: int) -> PairBatch:
+    slots = len(batch.document.input_ids) // len(batch.query.input_ids)
+    document = rows_of(batch.document, first * slots, last * slots)
+    return rows_of(batch._replace(document=batch.query), first, last)._replace(document=document)
+
+
+def random_crops(num_pools: int, pool: int, views: int, seed: int = 0) -> list[CropBatch]:
+    """Pools of unrelated random texts in the place of crops."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        CropBatch(random_tokens(pool, generator), random_tokens(views * pool, generator), torch.arange(pool) * 7 + t)
+        for t in range(num_pools)
+    ]
+
+
+def rows_of_crops(batch: CropBatch, first: int, last: int) -> CropBatch:
+    rows = len(batch.document)
+    of_views = [slice(v * rows + first, v * rows + last) for v in range(len(batch.key.input_ids) // rows)]
+    mask = torch.cat([batch.key.attention_mask[s] for s in of_views])
+    ids = torch.cat([batch.key.input_ids[s] for s in of_views])
+    key = rows_of(Tokens(ids, mask), 0, len(ids))
+    return rows_of(batch._replace(key=batch.query), first, last)._replace(key=key)

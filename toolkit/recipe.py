@@ -292,6 +292,17 @@ Source = Annotated[
 ]
 
 
+def source_name(source: HubSource | FolderSource | StdlibSource) -> str:
+    """Kind and name of a source, e.g. "hub: owner/name"."""
+    match source:
+        case HubSource():
+            return f"hub: {source.hub}"
+        case FolderSource():
+            return f"folder: {source.folder}"
+        case StdlibSource():
+            return f"stdlib: {source.stdlib}"
+
+
 class Passages(Section):
     """How documents are cut: whole units, as many as fit."""
 
@@ -349,7 +360,9 @@ class Optim(Section):
 
     lr: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
     warmup_steps: Natural = Field(description="Optimizer steps until the peak.")
-    warmup: Literal["linear", "log"] = Field(description="Shape of the warm-up; log as DeepSpeed's WarmupLR.")
+    warmup: Literal["linear", "linear_from_zero", "log"] = Field(
+        description="Shape: linear (first step above 0), linear_from_zero (as Contriever), log (DeepSpeed's WarmupLR)."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(description="After warm-up; linear and cosine end at 0.")
     steps: Positive = Field(description="Optimizer steps of the stage.")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(

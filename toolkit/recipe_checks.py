@@ -145,10 +145,10 @@ def _check_pairs(at: str, data: Data, pairs: bool) -> Iterator[tuple[str, str]]:
     """Keys that only sources of pairs have, and weights that go together."""
     if not pairs:
         for key in ("positives", "negatives", "mix"):
-            if key in data.model_fields_set:
+            if getattr(data, key) != Data.model_fields[key].default:
                 yield f"{at}.{key}", "belongs to sources of pairs; remove the key"
         for number, source in enumerate(data.sources):
-            for key in sorted(set(SourceSettings.model_fields) & source.model_fields_set):
+            for key in (key for key in SourceSettings.model_fields if getattr(source, key) is not None):
                 yield f"{at}.sources.{number}.{key}", "belongs to sources of pairs; remove the key"
         return
     weighted = [source.weight is not None for source in data.sources]
@@ -168,8 +168,10 @@ def _check_method(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
     if isinstance(objective, ContrastiveObjective):
         if len(set(objective.directions)) < len(objective.directions):
             yield f"{at}.objective.directions", "names a direction twice; name each once"
-        if not {"query_to_document", "document_to_query"} & set(objective.directions):
-            yield f"{at}.objective.directions", "add query_to_document or document_to_query"
+        if "query_to_document" not in objective.directions:
+            yield f"{at}.objective.directions", "lacks query_to_document; add it"
+        if objective.matryoshka is not None and len(set(objective.matryoshka)) < len(objective.matryoshka):
+            yield f"{at}.objective.matryoshka", "names a dimension twice; name each once"
     if isinstance(objective, ReContrieverObjective):
         softmax = objective.relevance == "softmax"
         if softmax == (objective.relevance_temperature is None):

@@ -4,15 +4,66 @@ Called inside an objective's forward, so that one engine(batch) and one backward
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from toolkit.collectives import max_over_ranks
+from toolkit.data.tokens import Tokens
 
-def in_slices(fn: Callable[..., Any], rows_per_slice: int | None, *inputs: Any) -> Any:
-    """Run `fn` over slices of rows and concatenate what it returns; exact in value and gradient.
+
+class Slices(NamedTuple):
+    """Which rows run together; `rows` None: all at once, their activations kept."""
+
+    rows: list[Tensor] | None  # int64 row numbers of each slice; every row once
+    lengths: list[int]  # Tokens of a slice are cut to so many columns
+    num_tokens: int  # real tokens of all rows
+    num_padded: int  # tokens that the slices run, padding included
+
+
+def plan_slices(attention_mask: Tensor, forward_rows: int | None, forward_tokens: int | None) -> Slices:
+    """Slices of right-padded rows: `forward_rows` in order, or about `forward_tokens` padded tokens sorted by length.
+
+    Every rank gets the same number of slices, as ZeRO-3 needs, so every rank calls it with as many rows. Slices decide
+    memory and speed, never the result. A row longer than `forward_tokens` runs alone.
+
+    Args:
+        attention_mask: [rows, length].
+        forward_rows, forward_tokens: at most one of them; both None keeps all activations.
+    """
+    lengths = attention_mask.sum(1).tolist()
+    width, device = attention_mask.shape[1], attention_mask.device
+    if forward_tokens is not None:
+        groups = _by_length(lengths, forward_tokens, device)
+    elif forward_rows is not None:
+        groups = [list(range(i, min(i + forward_rows, len(lengths)))) for i in range(0, len(lengths), forward_rows)]
+    else:
+        return Slices(None, [width], sum(lengths), width * len(lengths))
+    longest = [max(1, *(lengths[row] for row in group)) for group in groups]
+    padded = sum(len(group) * length for group, length in zip(groups, longest, strict=True))
+    return Slices([torch.tensor(group, device=device) for group in groups], longest, sum(lengths), padded)
+
+
+def _by_length(lengths: list[int], budget: int, device: torch.device) -> list[list[int]]:
+    """Rows from the longest to the shortest, cut where a slice would pass the budget; as many slices on every rank."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    wanted = max_over_ranks(len(groups), device)
+    while len(groups) < wanted:  # ranks have as many rows, so there is always a slice of two rows to halve
+        _, largest = max((len(group) * lengths[group[0]], i) for i, group in enumerate(groups) if len(group) > 1)
+        half = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
+    return groups
+
+
+def in_slices(fn: Callable[..., Any], slices: Slices, *inputs: Any) -> Any:
+    """Run `fn` over slices of rows and put what it returns back in order; exact in value and gradient.
 
     Activations of a slice live only during its own forward and its own recompute (GradCache, Gao et al. 2021,
     arXiv 2101.06983, written as non-reentrant checkpoints). Random number state is replayed, so dropout is the same in
@@ -20,8 +71,8 @@ def in_slices(fn: Callable[..., Any], rows_per_slice: int | None, *inputs: Any) 
 
     Args:
         fn: maps slices of the inputs to a tensor or a NamedTuple of tensors whose first dimension counts the rows.
-        rows_per_slice: rows per slice; None calls `fn` once on everything and keeps its activations.
-        inputs: tensors or NamedTuples of tensors, all with the same number of rows.
+        slices: of plan_slices.
+        inputs: tensors or NamedTuples of tensors, all with the same number of rows; Tokens lose columns of padding.
 
     Raises:
         ValueError: if there are no rows or the inputs' row counts differ.
@@ -29,17 +80,25 @@ def in_slices(fn: Callable[..., Any], rows_per_slice: int | None, *inputs: Any) 
     counts = {len(t) for x in inputs for t in (x if isinstance(x, tuple) else (x,))}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"in_slices needs inputs with one common, positive number of rows; found {sorted(counts)}")
-    if rows_per_slice is None:
+    if slices.rows is None:
         return fn(*inputs)
-    (rows,) = counts
     outputs = []
-    for first in range(0, rows, rows_per_slice):
-        part = [_rows(x, first, first + rows_per_slice) for x in inputs]
+    for rows, length in zip(slices.rows, slices.lengths, strict=True):
+        part = [_rows(x, rows, length) for x in inputs]
         outputs.append(checkpoint(fn, *part, use_reentrant=False, preserve_rng_state=True))
+    back = torch.cat(slices.rows).argsort()
     if isinstance(outputs[0], Tensor):
-        return torch.cat(outputs)
-    return type(outputs[0])(*(torch.cat(column) for column in zip(*outputs, strict=True)))
+        return torch.cat(outputs)[back]
+    return type(outputs[0])(*(torch.cat(column)[back] for column in zip(*outputs, strict=True)))
 
 
-def _rows(x: Any, first: int, last: int) -> Any:
-    return type(x)(*(t[first:last] for t in x)) if isinstance(x, tuple) else x[first:last]
+def _rows(x: Any, rows: Tensor, length: int) -> Any:
+    if isinstance(x, Tokens):
+        return Tokens(*(t[rows, :length] for t in x))
+    return type(x)(*(t[rows] for t in x)) if isinstance(x, tuple) else x[rows]
+
+
+def padding(slices: list[Slices], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(padding tokens, all tokens that ran) of one forward, for the log: their ratio is the share wasted."""
+    padded, real = sum(part.num_padded for part in slices), sum(part.num_tokens for part in slices)
+    return torch.tensor(float(padded - real), device=device), torch.tensor(float(padded), device=device)

@@ -14,17 +14,8 @@ DOCUMENT = np.repeat(np.arange(20), 10)
 POOL, POOLS = 8, 4
 
 
-class Texts:
-    """A store whose texts are the ids."""
-
-    document = DOCUMENT
-
-    def texts(self, ids: np.ndarray) -> list[str]:
-        return [str(i) for i in ids]
-
-
-def keep(texts: list[str], document: np.ndarray) -> tuple[list[int], list[int]]:
-    return [int(text) for text in texts], document.tolist()
+def keep(pool: int, places: np.ndarray, rows: np.ndarray) -> tuple[int, list[int], list[int]]:
+    return pool, places.tolist(), rows.tolist()
 
 
 def plan() -> PoolPlan:
@@ -33,7 +24,7 @@ def plan() -> PoolPlan:
 
 def stream(collate=keep, start=0, steps=5, **place) -> Stream:
     place = {"span": "world", "rank": 0, "world_size": 1} | place
-    return Stream(plan(), Texts(), collate, pools_per_step=POOLS, start_step=start, num_steps=steps, **place)
+    return Stream(plan(), collate, pools_per_step=POOLS, start_step=start, num_steps=steps, **place)
 
 
 def read(**settings) -> list[StepData]:
@@ -46,7 +37,9 @@ def test_steps_hold_their_pools_in_order():
     for step, data in enumerate(read()):
         expected = [pools.pool(step * POOLS + k) for k in range(POOLS)]
         assert data.step == step
-        assert data.batches == [(pool.tolist(), DOCUMENT[pool].tolist()) for pool in expected]
+        numbers = range(step * POOLS, (step + 1) * POOLS)
+        places = list(range(POOL))
+        assert data.batches == [(t, places, pool.tolist()) for t, pool in zip(numbers, expected, strict=True)]
         assert data.digest == batch_digest(np.stack(expected))
 
 
@@ -58,14 +51,17 @@ def test_ranks_together_hold_the_rows_of_one(world_size: int):
         for step, whole in enumerate(alone):
             parts = [rank[step] for rank in ranks]
             assert {part.digest for part in parts} == {whole.digest}
-            rows = [[batch[0] for batch in part.batches] for part in parts]
             if span == "world":  # every pool in slices, in rank order
-                joined = [[i for part in rows for i in part[pool]] for pool in range(POOLS)]
-                assert all(len(part[0]) == POOL // world_size for part in rows)
+                assert all(len(batch[2]) == POOL // world_size for part in parts for batch in part.batches)
+                slices = zip(*(part.batches for part in parts), strict=True)
+                joined = [
+                    (of_pool[0][0], *([row for batch in of_pool for row in batch[k]] for k in (1, 2)))
+                    for of_pool in slices
+                ]
             else:  # whole pools, in rank order
-                joined = [pool for part in rows for pool in part]
-                assert all(len(part) == POOLS // world_size for part in rows)
-            assert joined == [batch[0] for batch in whole.batches]
+                assert all(len(part.batches) == POOLS // world_size for part in parts)
+                joined = [batch for part in parts for batch in part.batches]
+            assert joined == whole.batches
 
 
 def test_starting_late_is_resuming():
@@ -83,11 +79,11 @@ def test_ranks_that_do_not_divide_are_refused():
 def test_a_failure_in_the_thread_reaches_the_consumer_after_the_good_steps():
     calls = []
 
-    def fail_in_step_2(texts, document):
+    def fail_in_step_2(pool, places, rows):
         calls.append(1)
         if len(calls) > 2 * POOLS:
             raise KeyError("broken row")
-        return keep(texts, document)
+        return keep(pool, places, rows)
 
     opened = stream(collate=fail_in_step_2)
     assert [next(opened).step, next(opened).step] == [0, 1]
@@ -99,9 +95,9 @@ def test_a_failure_in_the_thread_reaches_the_consumer_after_the_good_steps():
 def test_reads_two_steps_ahead_and_no_further():
     calls = []
 
-    def count(texts, document):
+    def count(pool, places, rows):
         calls.append(1)
-        return keep(texts, document)
+        return keep(pool, places, rows)
 
     with stream(collate=count, steps=100) as opened:
         next(opened)

@@ -21,7 +21,7 @@ from toolkit.models.encoder import Encoder
 from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, Others, PoolMemory, read_others
 from toolkit.objectives.revela import Revela
 from toolkit.recipe import RevelaObjective
-from toolkit.slicing import in_slices
+from toolkit.slicing import in_slices, plan_slices
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "revela"
 CASES = ["llama_pad_vnorm", "llama_pad_novnorm", "llama_pad_vnorm_tau1e-4"]
@@ -53,9 +53,10 @@ def run(
     itself = torch.eye(len(similarity), dtype=torch.bool)
     w = (similarity / float(given["attn_temperature"])).masked_fill(itself, float("-inf")).softmax(-1)
     dual = how.get("dual", False)
-    kv, plain = in_slices(lambda t: model.keys_values(t, dual), rows, text)
+    slices = plan_slices(torch.ones_like(text.attention_mask), rows, None)  # of full width, as `memory` is
+    kv, plain = in_slices(lambda t: model.keys_values(t, dual), slices, text)
     memory = PoolMemory(kv.detach() if how.get("detach") else kv, tuple(text.attention_mask.sum(1).tolist()))
-    nll = in_slices(lambda t, weights: model.row_nll(t, weights, memory), rows, text, w)
+    nll = in_slices(lambda t, weights: model.row_nll(t, weights, memory), slices, text, w)
     tokens = num_predicted(text.attention_mask)
     ((nll.sum() + plain.sum() * dual) / tokens).backward()
     found = {"revela_loss": nll.sum() / tokens, "seq_loss": plain.sum() / tokens, "grad_sim": similarity.grad}
@@ -148,7 +149,7 @@ def texts() -> list[str]:
 def test_from_texts_to_gradients(texts: list[str], dual: bool) -> None:
     """The authors' collator, retriever, language model and loss, end to end (fp32)."""
     given, expected = load("e2e")
-    stage = revela_stage(encoder__max_tokens=29, objective__dual_loss=dual, lora=None)
+    stage = revela_stage(encoder__max_tokens=29, objective__dual_loss=dual, lora=None, batch__forward_rows=4)
     settings = stage.objective
     assert isinstance(settings, RevelaObjective) and settings.half_query
     tokenizer = load_tokenizer(FIXTURES / "tokenizer")
@@ -164,7 +165,7 @@ def test_from_texts_to_gradients(texts: list[str], dual: bool) -> None:
         assert not given[f"{theirs}.attention_mask"][:, width:].any()
     encoder = Encoder(load_encoder_backbone(FIXTURES / "encoder", torch.float32), "eos", True)
     causal_lm = load_causal_lm(FIXTURES / "reference", torch.float32, INBATCH_ATTENTION)
-    objective = Revela(encoder, InBatchLanguageModel(causal_lm, True), settings, "rank", 4)
+    objective = Revela(encoder, InBatchLanguageModel(causal_lm, True), settings, stage.batch)
     loss = objective(batch)
     loss.total.backward()
     prefix = "dual_" if dual else ""

@@ -1,4 +1,4 @@
-"""The stream of training batches of one rank: plan -> this rank's rows -> texts -> batches, read ahead by one thread.
+"""The stream of training batches of one rank: plan -> this rank's rows -> batches, read ahead by one thread.
 
 Called by the training loop. Its position is one integer, the optimizer step.
 """
@@ -17,13 +17,13 @@ _PATIENCE = 0.1  # seconds between two looks at whether the stream was closed
 
 
 class Plan(Protocol):
+    pools_per_epoch: int | float
+
     def pool(self, t: int) -> np.ndarray: ...
 
 
-class Store(Protocol):
-    document: np.ndarray
-
-    def texts(self, ids: Any) -> list[str]: ...
+# (number of the pool, places in the pool, row ids at these places) -> batch
+Collate = Callable[[int, np.ndarray, np.ndarray], Any]
 
 
 class StepData(NamedTuple):
@@ -43,8 +43,7 @@ class Stream:
     def __init__(
         self,
         plan: Plan,
-        store: Store,
-        collate: Callable[[list[str], np.ndarray], Any],
+        collate: Collate,
         *,
         pools_per_step: int,
         span: Literal["rank", "world"],
@@ -57,7 +56,7 @@ class Stream:
         shared = len(plan.pool(start_step * pools_per_step)) if span == "world" else pools_per_step
         if shared % world_size:
             raise ValueError(f"{world_size} ranks do not divide {shared} {'rows' if span == 'world' else 'pools'}")
-        self._plan, self._store, self._collate = plan, store, collate
+        self._plan, self._collate = plan, collate
         self._pools_per_step, self._span, self._rank, self._world_size = pools_per_step, span, rank, world_size
         self._steps = range(start_step, num_steps)
         self._queue: queue.Queue[StepData | BaseException | None] = queue.Queue(_STEPS_AHEAD)
@@ -93,9 +92,15 @@ class Stream:
     def step(self, step: int) -> StepData:
         """The data of one step, read at once."""
         first = step * self._pools_per_step
-        pools = np.stack([self._plan.pool(t) for t in range(first, first + self._pools_per_step)])  # [pools, rows]
-        part = (slice(None), self._share(pools.shape[1])) if self._span == "world" else self._share(len(pools))
-        batches = [self._collate(self._store.texts(rows), self._store.document[rows]) for rows in pools[part]]
+        numbers = np.arange(first, first + self._pools_per_step)
+        pools = np.stack([self._plan.pool(int(t)) for t in numbers])  # [pools, rows]
+        places = np.arange(pools.shape[1])
+        if self._span == "world":
+            places = places[self._share(len(places))]
+            own = range(len(numbers))
+        else:
+            own = range(len(numbers))[self._share(len(numbers))]
+        batches = [self._collate(int(numbers[i]), places, pools[i][places]) for i in own]
         return StepData(step, batches, batch_digest(pools))
 
     def _share(self, total: int) -> slice:

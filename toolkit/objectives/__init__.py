@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.models.encoder import Encoder
-from toolkit.recipe import LanguageModelObjective, RevelaObjective, Stage
+from toolkit.recipe import (
+    ContrastiveObjective,
+    LanguageModelObjective,
+    ReContrieverObjective,
+    RevelaObjective,
+    Stage,
+)
 
 
 class Loss(NamedTuple):
@@ -24,6 +30,16 @@ class Objective(nn.Module):
 
     def forward(self, batch: Any) -> Loss:
         raise AssertionError("an objective defines forward")
+
+    def after_step(self) -> None:
+        """Called on all ranks after every optimizer step, for state that follows the weights."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """State that is no trainable weight, equal on all ranks; saved with every checkpoint."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `extra_state` gave; called on all ranks."""
 
 
 def build_objective(
@@ -46,3 +62,11 @@ def build_objective(
 
             assert lm_folder is not None
             return build_revela(stage, stage.objective, seed, device, folder, adapter, lm_folder)
+        case ContrastiveObjective():
+            from toolkit.objectives.contrastive import build_contrastive
+
+            return build_contrastive(stage, stage.objective, seed, device, folder, adapter)
+        case ReContrieverObjective():
+            from toolkit.objectives.recontriever import build_recontriever
+
+            return build_recontriever(stage, stage.objective, seed, device, folder, adapter)

@@ -12,22 +12,19 @@ from toolkit.losses.language import num_predicted, row_nll
 from toolkit.models.backbone import DTYPES, load_causal_lm
 from toolkit.models.encoder import Encoder
 from toolkit.objectives import Loss, Objective
-from toolkit.recipe import Stage
-from toolkit.slicing import in_slices
+from toolkit.recipe import Batch, Stage
+from toolkit.slicing import in_slices, padding, plan_slices
 
 
 class LanguageModel(Objective):
     """Mean next-token loss over the tokens of a pool."""
 
-    def __init__(
-        self, causal_lm: nn.Module, pooling: str, normalize: bool, span: str, forward_rows: int | None
-    ) -> None:
+    def __init__(self, causal_lm: nn.Module, pooling: str, normalize: bool, batch: Batch) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.pooling = pooling
         self.normalize = normalize
-        self.span = span
-        self.forward_rows = forward_rows
+        self.batch = batch
 
     @property
     def encoder(self) -> Encoder:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -35,9 +32,12 @@ class LanguageModel(Objective):
         return Encoder(self.causal_lm.model, self.pooling, self.normalize)  # pyright: ignore[reportArgumentType]
 
     def forward(self, batch: LanguageModelBatch) -> Loss:
-        nll = in_slices(self._row_nll, self.forward_rows, batch.text).sum()
-        tokens = num_predicted(batch.text.attention_mask)
-        return Loss(pool_mean(nll, tokens, self.span), {"plain_nll": (nll.detach(), tokens)})
+        mask = batch.text.attention_mask
+        slices = plan_slices(mask, self.batch.forward_rows, self.batch.forward_tokens)
+        nll = in_slices(self._row_nll, slices, batch.text).sum()
+        tokens = num_predicted(mask)
+        parts = {"plain_nll": (nll.detach(), tokens), "padding": padding([slices], tokens.device)}
+        return Loss(pool_mean(nll, tokens, self.batch.span), parts)
 
     def _row_nll(self, text: Tokens) -> Tensor:
         return row_nll(self.causal_lm(**text._asdict(), use_cache=False).logits, *text)
@@ -48,8 +48,7 @@ def build_language_model(stage: Stage, device: torch.device | str, folder: Path)
     causal_lm = load_causal_lm(folder, DTYPES[stage.precision], "sdpa", device).train()
     if stage.activation_checkpointing:
         recompute_layers(causal_lm)
-    encoder, batch = stage.encoder, stage.batch
-    return LanguageModel(causal_lm, encoder.pooling, encoder.normalize, batch.span, batch.forward_rows)
+    return LanguageModel(causal_lm, stage.encoder.pooling, stage.encoder.normalize, stage.batch)
 
 
 def recompute_layers(model: nn.Module) -> None:

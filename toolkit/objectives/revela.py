@@ -11,14 +11,15 @@ from torch import Tensor
 
 from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, rank
 from toolkit.data.spans import RevelaBatch
+from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_predicted
 from toolkit.models.backbone import DTYPES, adapted, check_window, load_causal_lm, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
-from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, PoolMemory
+from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel, PoolMemory
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import recompute_layers
-from toolkit.recipe import RevelaObjective, Stage
-from toolkit.slicing import in_slices
+from toolkit.recipe import Batch, RevelaObjective, Stage
+from toolkit.slicing import in_slices, padding, plan_slices
 
 LEARNING_ROW = 1e-3  # a row learns if 1 - sum_j w_ij^2, the trace of its softmax's Jacobian, is above this
 
@@ -31,32 +32,39 @@ class Revela(Objective):
         encoder: Encoder,
         language_model: InBatchLanguageModel,
         settings: RevelaObjective,
-        span: str,
-        forward_rows: int | None,
+        batch: Batch,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.language_model = language_model
         self.settings = settings
-        self.span = span
-        self.forward_rows = forward_rows
+        self.span = batch.span
+        self.batch = batch
 
     def forward(self, batch: RevelaBatch) -> Loss:
-        query, passage = (in_slices(self.encoder, self.forward_rows, side) for side in (batch.query, batch.passage))
+        forward = self.batch.forward_rows, self.batch.forward_tokens
+        slices = [plan_slices(side.attention_mask, *forward) for side in (batch.query, batch.passage, batch.text)]
+        of_query, of_passage, of_text = slices
+        query = in_slices(self.encoder, of_query, batch.query)
+        passage = in_slices(self.encoder, of_passage, batch.passage)
         weights = self.weights(query, gather_with_grad(passage) if self.span == "world" else passage)
-        keys_values, plain = in_slices(
-            lambda text: self.language_model.keys_values(text, self.settings.dual_loss), self.forward_rows, batch.text
-        )
+        length = batch.text.input_ids.shape[1]
+        keys_values, plain = in_slices(lambda text: self._first_pass(text, length), of_text, batch.text)
         memory = self.memory(keys_values, batch.text.attention_mask)
-        in_batch = in_slices(
-            lambda text, w: self.language_model.row_nll(text, w, memory), self.forward_rows, batch.text, weights
-        )
+        in_batch = in_slices(lambda text, w: self.language_model.row_nll(text, w, memory), of_text, batch.text, weights)
         tokens = num_predicted(batch.text.attention_mask)
         nll = in_batch.sum() + plain.sum() if self.settings.dual_loss else in_batch.sum()
         parts = self._parts(weights.detach(), batch.document)
         for name, row_sums in {"in_batch_nll": in_batch, "plain_nll": plain, "gain": plain - in_batch}.items():
             parts[name] = (row_sums.detach().sum(), tokens)
+        parts["padding"] = padding(slices, tokens.device)
         return Loss(pool_mean(nll, tokens, self.span), parts)
+
+    def _first_pass(self, text: Tokens, length: int) -> FirstPass:
+        """Keys and values of a slice, as long as those of the other slices."""
+        found = self.language_model.keys_values(text, self.settings.dual_loss)
+        missing = length - found.keys_values.shape[-2]
+        return found._replace(keys_values=F.pad(found.keys_values, (0, 0, 0, missing)))
 
     def weights(self, query: Tensor, passage: Tensor) -> Tensor:
         """w = softmax over the *other* passages of q_i . p_j / tau: [rows, S].
@@ -120,6 +128,5 @@ def build_revela(
         Encoder(backbone, stage.encoder.pooling, stage.encoder.normalize),
         InBatchLanguageModel(causal_lm, settings.v_norm),
         settings,
-        stage.batch.span,
-        stage.batch.forward_rows,
+        stage.batch,
     )

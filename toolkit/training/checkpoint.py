@@ -9,11 +9,15 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from toolkit.collectives import barrier, on_rank_zero, rank, world_size
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 
 TAG = "engine"
+EXTRA = "objective.safetensors"  # what the objective keeps besides its weights
 _FALL_BACK = "delete this checkpoint to go on from the one before"
 
 
@@ -36,6 +40,8 @@ def save_checkpoint(engine: Any, folder: Path, state: RunState, keep: int) -> No
     engine.save_checkpoint(str(aside), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     barrier()
     if rank() == 0:
+        if extra := engine.module.extra_state():
+            save_file({name: tensor.contiguous() for name, tensor in extra.items()}, aside / EXTRA)
         (aside / "run_state.json").write_text(json.dumps(state._asdict(), indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -80,7 +86,9 @@ def _check(newest: Path, stage_digest: str) -> RunState:
 def _load(engine: Any, newest: Path) -> None:
     try:
         loaded, _ = engine.load_checkpoint(str(newest), tag=TAG, load_module_strict=False)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        if engine.module.extra_state():
+            engine.module.load_extra_state(load_file(newest / EXTRA))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:80]
         raise RecipeError(f"{newest}: cannot be read ({reason}); {_FALL_BACK}") from None
     if loaded is None:

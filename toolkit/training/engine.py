@@ -73,6 +73,7 @@ def train_step(
         if len(losses) == len(batches):
             norm = _plain_norm(engine, stage)
         engine.step()
+    engine.module.after_step()
     values = reduce_losses(losses, tokens, waited, device)
     values["lr"] = lr
     values["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)

@@ -15,21 +15,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from toolkit.collectives import on_rank_zero, rank, world_size
-from toolkit.data.spans import PassageStore, PoolPlan, collate_language_model, collate_revela
 from toolkit.data.stream import Stream
 from toolkit.export import write_export
 from toolkit.export_check import check_export
 from toolkit.models.backbone import DTYPES, load_tokenizer
 from toolkit.objectives import Objective
 from toolkit.objectives.language_model import LanguageModel
-from toolkit.prepare import ModelSource, build_start, prepare_passages, resolve_model
-from toolkit.recipe import BuildStart, LanguageModelObjective, Recipe, RecipeError, Stage
+from toolkit.prepare import ModelSource, build_start, resolve_model
+from toolkit.recipe import (
+    BuildStart,
+    LanguageModelObjective,
+    Recipe,
+    RecipeError,
+    RevelaObjective,
+    Stage,
+    source_name,
+)
 from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
 from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
+from toolkit.training.feed import Feed, open_feed
 from toolkit.training.metrics import Log, peak_memory_gib
 from toolkit.training.numbers import derived, render
-
-CHECKED_TEXTS = 8  # passages whose live vectors the reloaded export must reproduce
 
 
 class StageResult(NamedTuple):
@@ -61,7 +67,7 @@ def stage_sources(recipe: Recipe, index: int, run: Path) -> Sources:
     if isinstance(stage.start, BuildStart):
         built = build_start(stage.start.build, stage.data, recipe.seed, run)
     retriever = resolve_model(stage.start, previous=previous, previous_kind=_kind(stage), built=built)
-    if isinstance(stage.objective, LanguageModelObjective):
+    if not isinstance(stage.objective, RevelaObjective):
         return Sources(retriever, None)
     lm_start = stage.objective.language_model.start
     return Sources(retriever, resolve_model(lm_start, previous=previous, previous_kind="lm", built=None))
@@ -78,21 +84,19 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
         RecipeError: for anything the user can mend, on all ranks.
     """
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
-    store = prepare_passages(stage.data, run)
-    plan = PoolPlan(store.document, store.group_size, stage.batch.pool, stage.data.interleave, recipe.seed + index)
     sources = stage_sources(recipe, index, run)
     base, adapter = sources.retriever.folder, sources.retriever.adapter
+    tokenizer = load_tokenizer(base)
+    feed = open_feed(recipe, index, run, tokenizer, base, sources.language_model)
     engine = build_engine(
         stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
     )
-    tokenizer = load_tokenizer(base)
     digest = recipe.digest(index)
     state = load_newest(engine, folder / "checkpoints", digest) or RunState(0, 0, digest, world_size())
-    _announce(stage, engine, store, plan, state)
+    _announce(stage, engine, feed, state)
     with Stream(
-        plan,
-        store,
-        _collate(stage, tokenizer, sources),
+        feed.plan,
+        feed.collate,
         pools_per_step=stage.batch.pools_per_step,
         start_step=state.step,
         num_steps=stage.optim.steps,
@@ -101,31 +105,13 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
         world_size=world_size(),
     ) as stream:
         state = _run_steps(engine, stream, recipe, index, run, state, device)
-    texts = store.texts(np.arange(min(CHECKED_TEXTS, len(store))))
-    live = live_vectors(engine.module, tokenizer, stage.encoder, texts, device)
+    live = live_vectors(engine.module, tokenizer, stage.encoder, feed.examples, device)
     weights = gather_trainable(engine.module, stage.zero.stage)
     objective = release(engine)  # what is left gives the export its structure; the reloaded model needs the memory
     check = on_rank_zero(
-        lambda: _export(recipe, index, run, objective, weights, sources, tokenizer, store, state, texts, live, device)
+        lambda: _export(recipe, index, run, objective, weights, sources, tokenizer, feed, state, live, device)
     )
     return StageResult(folder / "export", state.step, state.tokens, check)
-
-
-def _collate(stage: Stage, tokenizer: Any, sources: Sources) -> Any:
-    objective = stage.objective
-    if isinstance(objective, LanguageModelObjective):
-        return lambda texts, document: collate_language_model(texts, document, tokenizer, objective.max_tokens)
-    assert sources.language_model is not None
-    lm_tokenizer = load_tokenizer(sources.language_model.folder)
-    return lambda texts, document: collate_revela(
-        texts,
-        document,
-        tokenizer=tokenizer,
-        lm_tokenizer=lm_tokenizer,
-        encoder=stage.encoder,
-        half_query=objective.half_query,
-        lm_max_tokens=objective.language_model.max_tokens,
-    )
 
 
 def _run_steps(
@@ -173,9 +159,8 @@ def _export(
     weights: dict[str, Tensor],
     sources: Sources,
     tokenizer: Any,
-    store: PassageStore,
+    feed: Feed,
     state: RunState,
-    texts: list[str],
     live: dict[str, np.ndarray],
     device: torch.device,
 ) -> dict[str, float]:
@@ -192,23 +177,23 @@ def _export(
         base=sources.retriever,
         dtype=DTYPES[stage.precision],
         merged=stage.export.merged,
-        card=_card(recipe, stage, store, state),
+        card=_card(recipe, stage, feed, state),
     )
     try:
-        return check_export(folder, texts, live, device.type)
+        return check_export(folder, feed.examples, live, device.type)
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: {error}") from None
 
 
-def _card(recipe: Recipe, stage: Stage, store: PassageStore, state: RunState) -> dict[str, Any]:
+def _card(recipe: Recipe, stage: Stage, feed: Feed, state: RunState) -> dict[str, Any]:
     """What the model card says of the training."""
     return {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest(),
         "stage": stage.name,
         "method": stage.objective.name,
-        "data": ", ".join(": ".join(next(iter(source.model_dump().items()))) for source in stage.data.sources),
-        "data_digest": store.digest,
+        "data": ", ".join(source_name(source) for source in stage.data.sources),
+        "data_digest": feed.digest,
         "steps": state.step,
         "rows_seen": state.step * stage.batch.pool * stage.batch.pools_per_step,
         "tokens_seen": state.tokens,
@@ -227,7 +212,7 @@ def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def _announce(stage: Stage, engine: Any, store: PassageStore, plan: PoolPlan, state: RunState) -> None:
+def _announce(stage: Stage, engine: Any, feed: Feed, state: RunState) -> None:
     if rank() != 0:
         return
     parameters = list(engine.module.parameters())
@@ -237,8 +222,8 @@ def _announce(stage: Stage, engine: Any, store: PassageStore, plan: PoolPlan, st
     rows = [
         *derived(stage, world_size()),
         ("parameters", f"{trainable:,} trainable of {sum(sizes):,}"),
-        ("passages", f"{len(store):,} (digest {store.digest})"),
-        ("epochs", f"{pools / plan.pools_per_epoch:.2f} of {plan.pools_per_epoch:,} pools"),
+        (feed.unit, f"{feed.size:,} (digest {feed.digest})"),
+        ("epochs", f"{pools / feed.plan.pools_per_epoch:.2f} of {feed.plan.pools_per_epoch:,.10g} pools"),
         ("from the last checkpoint" if state.step else "from the beginning", f"starts at step {state.step}"),
     ]
     print(f"stage {stage.name}\n{render(rows)}", flush=True)

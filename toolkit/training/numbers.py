@@ -7,7 +7,17 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from toolkit.models.backbone import add_lora, on_meta
-from toolkit.recipe import Lora, RecipeError, RevelaObjective, Stage, batch_numbers
+from toolkit.recipe import (
+    Batch,
+    ContrastiveObjective,
+    LanguageModelObjective,
+    Lora,
+    RecipeError,
+    ReContrieverObjective,
+    RevelaObjective,
+    Stage,
+    batch_numbers,
+)
 
 # Full fine-tuning under gradient caching keeps unsharded gradients of all trainable parameters until the backward ends.
 MAX_UNSHARDED_PARAMETERS = 2_000_000_000
@@ -26,7 +36,7 @@ def parameter_counts(
     models = {"retriever": (encoder, stage.lora, False)}
     if isinstance(stage.objective, RevelaObjective) and language_model is not None:
         models["language_model"] = (language_model, stage.objective.language_model.lora, True)
-    elif not isinstance(stage.objective, RevelaObjective):
+    elif isinstance(stage.objective, LanguageModelObjective):
         models = {"language_model": (encoder, None, True)}
     counts: dict[str, int] = {}
     for name, (config, lora, causal) in models.items():
@@ -49,11 +59,13 @@ def _with_lora(model: nn.Module, lora: Lora, causal: bool, where: str) -> nn.Mod
 
 def check_gradients(stage: Stage, trainable: int) -> None:
     """Refuse full fine-tuning of a multi-billion model under gradient caching, with the memory it would take."""
-    if stage.batch.forward_rows is not None and trainable >= MAX_UNSHARDED_PARAMETERS:
+    sliced = stage.batch.forward_rows is not None or stage.batch.forward_tokens is not None
+    if sliced and trainable >= MAX_UNSHARDED_PARAMETERS:
         gigabytes = trainable * BYTES[stage.precision] / 1e9
         raise RecipeError(
             f"stage {stage.name}: gradients of {trainable / 1e9:.1f} billion trainable parameters stay unsharded "
-            f"({gigabytes:.0f} GB a GPU) while slices are recomputed; use lora, or set batch.forward_rows to null"
+            f"({gigabytes:.0f} GB a GPU) while slices are recomputed; use lora, or set batch.forward_rows and "
+            "batch.forward_tokens to null"
         )
 
 
@@ -62,17 +74,39 @@ def derived(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
     numbers = batch_numbers(stage, world_size)
     batch, optim = stage.batch, stage.optim
     rows = numbers["rows_per_step_global"]
-    objective = stage.objective
-    longest = objective.language_model.max_tokens if isinstance(objective, RevelaObjective) else objective.max_tokens
+    row, texts, longest = _row(stage)
     spread = batch.pool if batch.span == "world" else batch.pools_per_step
-    yield "pool", f"{batch.pool} passages, span {batch.span}"
+    yield "pool", f"{batch.pool} {row}, span {batch.span}"
     yield "rows per step (global)", f"{batch.pool} x {batch.pools_per_step} pools = {rows}"
     yield "ranks", f"{world_size} (fit: {', '.join(str(n) for n in range(1, spread + 1) if spread % n == 0)})"
     yield "rows per forward (per rank)", str(numbers["rows_per_forward_per_rank"])
     yield "forwards per step (per rank)", str(numbers["accumulation_per_rank"])
-    yield "slices per forward", str(numbers["slices_per_forward"])
+    yield "slices", _slices(batch, numbers["rows_per_forward_per_rank"])
     yield "steps", f"{optim.steps} ({optim.warmup_steps} warm-up, {optim.warmup}; then {optim.schedule})"
-    yield "tokens (at most)", f"{rows * optim.steps * longest:,} read by the language model"
+    yield "tokens (at most)", f"{rows * optim.steps * texts * longest:,}"
+
+
+def _row(stage: Stage) -> tuple[str, int, int]:
+    """What a row is, how many texts it has, and the longest of them in tokens."""
+    objective, data, longest = stage.objective, stage.data, stage.encoder.max_tokens
+    match objective:
+        case LanguageModelObjective():
+            return "passages", 1, objective.max_tokens
+        case RevelaObjective():
+            return "passages", 1, objective.language_model.max_tokens
+        case ContrastiveObjective():
+            slots = f"{data.positives} positive{'s' * (data.positives > 1)} and {data.negatives} hard negatives"
+            return f"queries with {slots} each", 1 + data.positives + data.negatives, longest
+        case ReContrieverObjective():
+            return f"texts with 1 query and {objective.views} keys each", 1 + objective.views, longest
+
+
+def _slices(batch: Batch, rows: int) -> str:
+    if batch.forward_tokens is not None:
+        return f"about {batch.forward_tokens:,} tokens each, texts sorted by length"
+    if batch.forward_rows is not None:
+        return f"{min(batch.forward_rows, rows):,} texts each"
+    return "none: all activations are kept"
 
 
 def render(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:

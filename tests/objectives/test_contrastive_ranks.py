@@ -1,0 +1,139 @@
+"""Contrastive training and ReContriever on 1, 2 and 4 ranks equal their dense one-process forms.
+
+One launch per world size; `make test` runs a pairwise cover of the settings, `make test-all` the full product.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import run_on_ranks
+from pairwise import pairwise
+from tiny import save_model
+
+# fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|
+BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6, "queue": 1e-6}
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "dense"]}
+PLACEMENT = {
+    "zero": [0, 1, 2, 3],
+    "lora": [True, False],
+    "forward": [{}, {"forward_rows": 3}, {"forward_tokens": 30}],
+    "activation_checkpointing": [False, True],
+    "span": ["rank", "world"],
+    "arch": ["llama", "bert"],
+    "pooling": ["eos", "mean"],
+}
+CONTRASTIVE = {
+    "slots": [{}, {"negatives": 2}, {"positives": 2, "negatives": 1}],
+    "objective": [
+        {},
+        {"directions": ["query_to_document", "document_to_query"], "learn_temperature": True},
+        {
+            "directions": ["query_to_document", "document_to_query", "query_to_query", "document_to_document"],
+            "partition": "joint",
+        },
+        {"false_negative_margin": 0.05, "false_negative_threshold": 0.9, "matryoshka": [32, 12]},
+    ],
+}
+QUEUE = {"size": 192, "momentum": 0.9, "dtype": "fp32"}
+RECONTRIEVER = {
+    "objective": [
+        {"queue": QUEUE},
+        {"queue": QUEUE, "relevance": "softmax", "relevance_temperature": 0.5, "label_smoothing": 0.1},
+        {"queue": None},
+        {"queue": None, "clamp_negative": True},
+        {"queue": None, "relevance": "none", "label_smoothing": 0.1},
+    ],
+    "normalize": [False, True],
+}
+
+
+def as_case(method: str, number: int, factors: dict[str, Any]) -> dict[str, Any]:
+    arch = factors["arch"]
+    changes = {
+        "zero__stage": factors["zero"],
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": TARGETS[arch]} if factors["lora"] else None,
+        "activation_checkpointing": factors["activation_checkpointing"],
+        "batch__span": factors["span"],
+        "encoder__pooling": factors["pooling"],
+        "encoder__normalize": factors.get("normalize", True),
+    }
+    changes |= {f"batch__{key}": value for key, value in factors["forward"].items()}
+    changes |= {f"objective__{key}": value for key, value in factors["objective"].items()}
+    changes |= {f"data__{key}": value for key, value in factors.get("slots", {}).items()}
+    return {"method": method, "arch": arch, "seed": number, "changes": changes} | {
+        # The momentum copy needs adapters that stay whole, as they do under the product's persistence threshold.
+        "keep_persistent": factors["objective"].get("queue") is not None
+    }
+
+
+def allowed(case: dict[str, Any]) -> bool:
+    """A queue at ZeRO-3 with all parameters is refused by the recipe."""
+    changes = case["changes"]
+    return not (changes["zero__stage"] == 3 and changes["lora"] is None and case["keep_persistent"])
+
+
+def cases_of(combinations: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    cases = [as_case(method, i, factors) for method, found in combinations.items() for i, factors in enumerate(found)]
+    return [case for case in cases if allowed(case)]
+
+
+def full_product() -> list[dict[str, Any]]:
+    """Every placement of both methods, with the settings of the method taken in turn."""
+    placements = [dict(zip(PLACEMENT, values, strict=True)) for values in product(*PLACEMENT.values())]
+    settings = {"contrastive": pairwise(CONTRASTIVE), "recontriever": pairwise(RECONTRIEVER)}
+    return cases_of(
+        {method: [p | found[i % len(found)] for i, p in enumerate(placements)] for method, found in settings.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    made = {kind: str(save_model(root / kind, kind, seed)) for seed, kind in enumerate(["llama", "bert"])}
+    path = root / "bert" / "config.json"
+    config = json.loads(path.read_text()) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    path.write_text(json.dumps(config))
+    return made
+
+
+def controls() -> list[dict[str, Any]]:
+    """Known mistakes: each must miss the bounds, or the measure sees nothing."""
+    factors = {key: values[0] for key, values in PLACEMENT.items()} | {"span": "world"}
+    names = ("own_slice_backward", "no_world_size", "mean_of_own_rows")
+    found = [as_case("contrastive", 0, factors | {"objective": {}}) | {"control": name} for name in names]
+    in_batch = as_case("recontriever", 0, factors | {"objective": {"queue": None}})
+    return [*found, in_batch | {"control": "own_slice_backward"}, in_batch | {"control": "no_world_size"}]
+
+
+def exact(answer: dict[str, float]) -> bool:
+    assert answer["smallest_array"] > 0  # every trainable weight has a gradient to compare
+    return all(answer[figure] <= bound for figure, bound in BOUNDS.items() if figure in answer)
+
+
+def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str], folder: Path) -> None:
+    mistakes = controls() if world_size > 1 else []
+    request = {"folders": folders, "cases": cases + mistakes}
+    answers = run_on_ranks("contrastive_matrix.py", world_size, request, folder, timeout=3500)
+    assert len(answers) == len(cases) + len(mistakes)
+    for mistake, answer in zip(mistakes, answers[len(cases) :], strict=True):
+        assert not exact(answer), f"{mistake['control']} went unnoticed: {answer}"
+    results = zip(cases, answers[: len(cases)], strict=True)
+    wrong = [(case, answer) for case, answer in results if not exact(answer)]
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases are off: {wrong[:3]}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_dense_form(world_size: int, folders: dict[str, str], tmp_path: Path) -> None:
+    cover = {"contrastive": pairwise(PLACEMENT | CONTRASTIVE), "recontriever": pairwise(PLACEMENT | RECONTRIEVER)}
+    check(world_size, cases_of(cover), folders, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_dense_form_full_product(world_size: int, folders: dict[str, str], tmp_path: Path) -> None:
+    check(world_size, full_product(), folders, tmp_path)

@@ -1,0 +1,140 @@
+"""Worker: the contrastive methods on several ranks against their dense one-process forms, case by case.
+
+Request: {"folders", "cases"}; answer: per case the errors of the loss, of the whole gradient and of the worst array.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from reference_contrastive import ReContrieverReference, contrastive_loss
+from revela_matrix import OwnSlice, perturb
+from tiny import random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
+
+import toolkit.objectives.contrastive
+import toolkit.objectives.recontriever
+import toolkit.training.engine as engines
+from toolkit.collectives import rank, sum_over_ranks, world_size
+from toolkit.objectives import build_objective
+from toolkit.objectives.contrastive import Contrastive
+from toolkit.objectives.recontriever import ReContriever
+from toolkit.recipe import ReContrieverObjective
+from toolkit.training.process_group import start_distributed
+
+NUM_POOLS, POOL, SEED = 4, 8, 3
+CPU = torch.device("cpu")
+# Mistakes that must be seen: name -> (function of both objectives, what stands in for it)
+CONTROLS = {
+    "own_slice_backward": ("gather_with_grad", OwnSlice.apply),
+    "no_world_size": ("pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
+    "mean_of_own_rows": ("pool_mean", lambda own, count, span: own / count),
+}
+
+
+def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: None) -> Any:
+    objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
+    perturb(objective)  # pyright: ignore[reportArgumentType]
+    if isinstance(objective, ReContriever) and objective.momentum is not None:
+        objective.momentum = toolkit.objectives.recontriever.Momentum(objective.encoder, objective.momentum.share)
+    return objective
+
+
+def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, float]:
+    """Errors of one case: the loss, and the worst gradient array, each as max|a-b| / max|b|."""
+    stage = stage_of(case["method"], **case["changes"], batch__pool=POOL, batch__pools_per_step=NUM_POOLS)
+    folder = Path(folders[case["arch"]])
+    pools = make_pools(stage, case["seed"])
+    engines.build_objective = build_perturbed
+    whole = stage.zero.stage == 3 and not case.get("keep_persistent")
+    threshold = {"stage3_param_persistence_threshold": 0} if whole else {}
+    engine = engines.build_engine(stage, SEED, CPU, folder, None, None, reduce_bucket_size=3000, **threshold)
+    names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    mine = own_batches(stage, pools)
+    gradients: dict[str, torch.Tensor] = {}
+    losses: list[torch.Tensor] = []
+    for _ in range(2):  # at ZeRO-3 the second step runs from the recorded trace; queues hold new keys by then
+        losses = []
+        for index, batch in enumerate(mine):
+            loss = engine(batch)
+            engine.backward(loss.total)
+            losses.append(loss.total.detach())
+            if index == len(mine) - 1:
+                parameters = dict(engine.module.named_parameters())
+                gradients = {n: deepspeed.utils.safe_get_full_grad(parameters[n]).clone() for n in names}
+            engine.step()
+        engine.module.after_step()
+    total = float(sum_over_ranks(torch.stack(losses).mean()) / world_size())
+    state = {name: tensor.clone() for name, tensor in engine.module.extra_state().items()}
+    engine.destroy()
+    return compare(stage, pools, folder, total, gradients, state)
+
+
+def make_pools(stage: Any, seed: int) -> list[Any]:
+    if isinstance(stage.objective, ReContrieverObjective):
+        return random_crops(NUM_POOLS, POOL, stage.objective.views, seed)
+    return random_pairs(NUM_POOLS, POOL, stage.data.positives, stage.data.negatives, seed)
+
+
+def own_batches(stage: Any, pools: list[Any]) -> list[Any]:
+    if stage.batch.span == "rank":
+        share = len(pools) // world_size()
+        return pools[rank() * share : (rank() + 1) * share]
+    rows = POOL // world_size()
+    cut = rows_of_crops if isinstance(stage.objective, ReContrieverObjective) else rows_of_pairs
+    return [cut(pool, rank() * rows, (rank() + 1) * rows) for pool in pools]
+
+
+def compare(
+    stage: Any, pools: Any, folder: Path, total: float, gradients: Any, state: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    objective = build_perturbed(stage, SEED, CPU, folder, None, None)
+    answer: dict[str, float] = {}
+    if isinstance(objective, Contrastive):
+        expected = contrastive_loss(objective.encoder, pools, objective.settings, objective.scale())
+    else:
+        queue = None if objective.queue is None else objective.queue.keys.clone()
+        reference = ReContrieverReference(stage.objective, queue)
+        if queue is not None:  # the first step filled the queue
+            with torch.no_grad():
+                reference.loss(objective.encoder, objective.encoder, pools)
+        expected = reference.loss(objective.encoder, objective.encoder, pools)
+        if reference.queue is not None:
+            pointer = int(state["queue.pointer"])
+            found = torch.cat([state["queue.keys"][pointer:], state["queue.keys"][:pointer]])
+            answer["queue"] = float((found - reference.queue).abs().max() / reference.queue.abs().max())
+    expected.backward()
+    true = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    assert true.keys() == gradients.keys()
+    errors = {name: gradients[name] - true[name] for name in true}
+    norm = torch.nn.utils.get_total_norm
+    return answer | {
+        "loss": abs(total - float(expected)) / abs(float(expected)),
+        "gradient": float(norm(errors.values()) / norm(true.values())),
+        "worst_array": max(float(errors[name].abs().max() / true[name].abs().max()) for name in true),
+        "smallest_array": min(float(true[name].abs().max()) for name in true),
+    }
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[-2]).read_text())
+    start_distributed()
+    answers = []
+    for case in request["cases"]:
+        name, stand_in = CONTROLS.get(case.get("control"), ("pool_mean", toolkit.objectives.contrastive.pool_mean))
+        with (
+            mock.patch.object(toolkit.objectives.contrastive, name, stand_in),
+            mock.patch.object(toolkit.objectives.recontriever, name, stand_in),
+        ):
+            answers.append(run_case(case, request["folders"]))
+    if rank() == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
+    dist.destroy_process_group()  # else the group's threads may abort the process as it ends

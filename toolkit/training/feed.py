@@ -1,0 +1,124 @@
+"""What a stage trains on: the order of its rows and how they become batches, whatever the method.
+
+Called by the training loop on every rank; rank 0 prepares what is not yet on disk.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from toolkit.data.crops import CropPlan, collate_crops
+from toolkit.data.pairs import PairPlan, collate_pairs
+from toolkit.data.spans import PoolPlan, collate_language_model, collate_revela
+from toolkit.data.stream import Collate, Plan
+from toolkit.data.tokens import frame, pad_id
+from toolkit.models.backbone import load_tokenizer
+from toolkit.prepare import ModelSource, prepare_passages
+from toolkit.prepare_crops import prepare_crops
+from toolkit.prepare_pairs import prepare_pairs
+from toolkit.recipe import (
+    ContrastiveObjective,
+    LanguageModelObjective,
+    Recipe,
+    ReContrieverObjective,
+    RevelaObjective,
+    Stage,
+)
+
+CHECKED_TEXTS = 8  # texts whose live vectors the reloaded export must reproduce
+
+
+class Feed(NamedTuple):
+    """Rows of a stage: their order (`plan`), their batches (`collate`), and what is said of them."""
+
+    plan: Plan
+    collate: Collate
+    size: int
+    unit: str  # what a row is, in the plural
+    digest: str
+    examples: list[str]
+
+
+def open_feed(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Path, lm: ModelSource | None) -> Feed:
+    """The rows of stage `index`, a function of the recipe alone.
+
+    Args:
+        tokenizer, folder: of the retriever.
+        lm: Revela's language model.
+
+    Raises:
+        RecipeError: for data that is malformed, empty or too small, the same on every rank.
+    """
+    stage, seed = recipe.stages[index], recipe.seed + index
+    match stage.objective:
+        case ContrastiveObjective():
+            return _pairs(stage, seed, run, tokenizer, folder)
+        case ReContrieverObjective():
+            return _crops(stage, stage.objective, seed, run, tokenizer, folder)
+        case LanguageModelObjective() | RevelaObjective():
+            return _passages(stage, seed, run, _reader(stage, tokenizer, lm))
+
+
+def _pairs(stage: Stage, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
+    data = stage.data
+    store = prepare_pairs(data, stage.encoder, folder, run, seed)
+    weights = [source.weight for source in data.sources if source.weight is not None]
+    plan = PairPlan(store.sizes, weights or None, stage.batch.pool, data.mix, seed)
+    slots = {"positives": data.positives, "negatives": data.negatives}
+    collate = partial(_collate_pairs, store, slots | {"seed": seed, "pad_id": pad_id(tokenizer)})
+    return Feed(plan, collate, len(store), "pairs", store.digest, store.examples)
+
+
+def _collate_pairs(store: Any, settings: dict[str, Any], pool: int, places: np.ndarray, rows: np.ndarray) -> Any:
+    return collate_pairs(store, rows, pool, places, **settings)
+
+
+def _crops(stage: Stage, objective: ReContrieverObjective, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
+    crops = stage.data.crops
+    assert crops is not None  # the recipe demands it
+    store = prepare_crops(stage.data, folder, run)
+    plan = CropPlan(store, crops, stage.batch.pool, seed)
+    settings = {
+        "views": objective.views,
+        "crops": crops,
+        "frame": frame(tokenizer, stage.encoder.append_eos),
+        "seed": seed,
+        "pad_id": pad_id(tokenizer),
+        "max_tokens": stage.encoder.max_tokens,
+    }
+    collate = partial(_collate_crops, plan, settings)
+    return Feed(plan, collate, len(store), "documents", store.digest, store.examples)
+
+
+def _collate_crops(plan: CropPlan, settings: dict[str, Any], pool: int, places: np.ndarray, rows: np.ndarray) -> Any:
+    return collate_crops(plan, rows, pool, places, **settings)
+
+
+def _passages(stage: Stage, seed: int, run: Path, read: Callable[[list[str], np.ndarray], Any]) -> Feed:
+    store = prepare_passages(stage.data, run)
+    plan = PoolPlan(store.document, store.group_size, stage.batch.pool, stage.data.interleave, seed)
+    examples = store.texts(range(min(CHECKED_TEXTS, len(store))))
+
+    def collate(_pool: int, _places: np.ndarray, rows: np.ndarray) -> Any:
+        return read(store.texts(rows), store.document[rows])
+
+    return Feed(plan, collate, len(store), "passages", store.digest, examples)
+
+
+def _reader(stage: Stage, tokenizer: Any, lm: ModelSource | None) -> Callable[[list[str], np.ndarray], Any]:
+    """Texts and document numbers -> batch."""
+    objective = stage.objective
+    if isinstance(objective, LanguageModelObjective):
+        return lambda texts, document: collate_language_model(texts, document, tokenizer, objective.max_tokens)
+    assert isinstance(objective, RevelaObjective) and lm is not None
+    return partial(
+        collate_revela,
+        tokenizer=tokenizer,
+        lm_tokenizer=load_tokenizer(lm.folder),
+        encoder=stage.encoder,
+        half_query=objective.half_query,
+        lm_max_tokens=objective.language_model.max_tokens,
+    )
