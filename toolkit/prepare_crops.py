@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toolkit.collectives import on_rank_zero
 from toolkit.data import stdlib_corpus
 from toolkit.data.crops import CropStore, write_documents
 from toolkit.data.records import fingerprint, read_source
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import on_every_rank
+from toolkit.prepare import on_every_rank, together
 from toolkit.recipe import Data, RecipeError, StdlibSource
 
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
@@ -35,25 +34,20 @@ def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
         RecipeError: for malformed or empty data or a tokenizer that does not load, the same on every rank.
     """
 
-    def write() -> list[str]:
-        try:
-            folder = run.parent / "prepared" / f"crops_{_digest(data, tokenizer_folder)}"
-            if not folder.is_dir():
-                _write(data, tokenizer_folder, folder)
-        except RecipeError as error:
-            return ["", str(error)]
-        return [str(folder), ""]
+    def write() -> str:
+        folder = run.parent / "prepared" / f"crops_{_digest(data, tokenizer_folder)}"
+        if not folder.is_dir():
+            _write(data, tokenizer_folder, folder)
+        return str(folder)
 
-    name, problem = on_rank_zero(write)
-    if problem:
-        raise RecipeError(problem)
+    folder = Path(together(write))
 
     def read() -> CropStore:
         try:
-            return CropStore.open(Path(name))
+            return CropStore.open(folder)
         except FileNotFoundError:
             node = socket.gethostname()
-            raise RecipeError(f"{name} is not on {node}; put the run folder on a disk that all nodes share") from None
+            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
 
     return on_every_rank(read)
 
