@@ -5,9 +5,11 @@ import pytest
 import torch
 from distributed import run_on_ranks
 from retrievers import ragged_texts, tiny_retriever
+from tiny import save_model
+from tiny_retriever import CASES, TEXTS, make
 
 from toolkit.data.tokens import Tokens, pad, tokenize
-from toolkit.embed import embed_texts
+from toolkit.embed import embed_texts, load_retriever
 
 
 def alone(retriever, text: str, prefix: str) -> np.ndarray:
@@ -89,6 +91,24 @@ def test_one_vector_for_different_texts_is_an_error():
     with pytest.raises(ValueError, match=r"collapsed: 3 different texts .* first texts: \[0, 1, 2\]"):
         embed_texts(retriever, ["w5 w6", "w7", "w8"], "passage")
     assert len(embed_texts(retriever, ["w5", "w5"], "passage")) == 2  # one text may have one vector
+
+
+@pytest.mark.parametrize("name", ["bert_lora", "llama_lora"])
+def test_a_folder_with_an_adapter_on_top_gives_the_live_vectors(name: str, tmp_path):
+    made = make(CASES[name], tmp_path / "base")
+    export = made.write(tmp_path / "export", merged=False)
+    for adapter in (export, None):
+        retriever = load_retriever(made.base.folder, made.settings, torch.float32, "cpu", adapter)
+        same = np.array_equal(embed_texts(retriever, TEXTS, "query"), made.live["query"])
+        assert same == (adapter is not None)
+
+
+def test_evaluation_longer_than_the_positions_is_an_error(tmp_path):
+    folder = save_model(tmp_path, "bert")
+    settings = tiny_retriever(eval_max_tokens=64).settings
+    assert embed_texts(load_retriever(folder, settings, torch.float32, "cpu"), ["a" * 99], "query").shape == (1, 32)
+    with pytest.raises(ValueError, match=r"learned positions for 64 tokens; .* at most 64"):
+        load_retriever(folder, tiny_retriever(eval_max_tokens=65).settings, torch.float32, "cpu")
 
 
 def test_no_texts_is_an_error():

@@ -12,19 +12,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_retriever import CASES, TEXTS, Made, make, small_model
+from tiny_retriever import CASES, TARGETS, TEXTS, Made, make, small_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
 )
 
-from toolkit import export
+from toolkit import export, prepare
 from toolkit.data.tokens import ends_with_eos
 from toolkit.embed import embed_texts
 from toolkit.export import load_export
-from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
-from toolkit.prepare import ModelSource
-from toolkit.recipe import RecipeError
+from toolkit.models.backbone import adapted, add_lora, load_causal_lm, load_encoder_backbone, load_tokenizer
+from toolkit.prepare import ModelSource, resolve_model
+from toolkit.recipe import FolderStart, Lora, RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,19 @@ def test_load_export_gives_the_live_vectors(made, exports, name):
 def test_adapter_loads_by_peft_with_every_weight(made, exports, name, recwarn):
     model, folder = made[name], exports[name]
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == model.base.name
-    base = AutoModel.from_pretrained(model.base.folder, dtype=model.case.dtype)
+    options = json.loads((folder / "sentence_bert_config.json").read_text())["model_kwargs"]
+    base = AutoModel.from_pretrained(model.base.folder, **options)  # as the model card says
+    assert base.dtype == model.case.dtype
     loaded = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     found = {key: value for key, value in loaded.named_parameters() if "lora_" in key}
     assert found.keys() == model.state.keys()
     assert all(torch.equal(found[key], model.state[key]) for key in found)
     assert not [str(item.message) for item in recwarn if "adapter keys" in str(item.message)]
-    assert len(load_file(folder / "adapter_model.safetensors")) == len(model.state) == 8
+    per_layer = {"bert": 6, "roberta": 6, "modernbert": 3}.get(model.case.kind, 2)  # linear modules with an adapter
+    assert len(load_file(folder / "adapter_model.safetensors")) == len(model.state) == 2 * 2 * per_layer
+    if model.case.kind == "bert":  # control: a pooling layer would want an adapter that was never trained
+        PeftModel.from_pretrained(AutoModel.from_pretrained(model.base.folder), folder)
+        assert [str(item.message) for item in recwarn if "adapter keys" in str(item.message)]
 
 
 def test_merged_weights_are_base_plus_adapter(made, exports):
@@ -86,6 +92,68 @@ def test_continued_adapter_keeps_the_first_base(made, exports, tmp_path):
     assert not (folder / "merged").exists()
     old, new = (load_file(path / "adapter_model.safetensors") for path in (exports["llama_lora"], folder))
     assert all(torch.equal(new[name], 2 * old[name]) for name in old)
+
+
+@pytest.mark.parametrize("hub", [True, False])
+@pytest.mark.parametrize("name", ["llama_lora", "bert_lora"])
+def test_a_stage_that_starts_from_an_export_goes_on_and_names_the_first_base(
+    name, hub, made, exports, monkeypatch, tmp_path
+):
+    model, start = made[name], exports[name]
+    if hub:
+        start = model.write(tmp_path / "start", base=model.base._replace(name="a/b"), merged=False)
+        monkeypatch.setattr(prepare, "snapshot_download", lambda *_, **__: str(model.base.folder))
+    source = resolve_model(FolderStart(folder=str(start)), previous=None, previous_kind="encoder", built=None)
+    first = "a/b" if hub else model.base.name
+    assert source == ModelSource(model.base.folder, first, start)
+    lora = Lora(rank=4, alpha=8.0, dropout=0.25, targets=TARGETS[model.case.kind])
+    backbone = load_encoder_backbone(source.folder, model.case.dtype)
+    backbone = adapted(backbone, lora, source.adapter, causal=False, seed=9)
+    trained = {key: weight.detach() for key, weight in backbone.named_parameters() if weight.requires_grad}
+    assert trained.keys() == model.state.keys()
+    assert all(torch.equal(trained[key], model.state[key]) for key in trained)  # and not fresh ones
+    assert {module.p for name, module in backbone.named_modules() if name.endswith("lora_dropout.default")} == {0.25}
+    state = {key: 2 * weight for key, weight in trained.items()}
+    folder = model.write(tmp_path / "export", backbone=backbone, state=state, base=source)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == first
+    assert json.loads((folder / "export.json").read_text())["base"] == first
+    for part in (folder, folder / "merged"):
+        assert f"| Base model | `{first}` |" in (part / "README.md").read_text()
+        assert str(start) not in (part / "README.md").read_text()
+
+
+def test_a_stage_that_starts_from_merged_weights_names_them(made, exports, tmp_path):
+    start = exports["bert_lora"] / "merged"
+    source = resolve_model(FolderStart(folder=str(start)), previous=None, previous_kind="encoder", built=None)
+    backbone = add_lora(load_encoder_backbone(start, torch.float32), 2, 4.0, 0.0, ["query"], False, 0)
+    state = {key: weight.detach() for key, weight in backbone.named_parameters() if weight.requires_grad}
+    folder = made["bert_lora"].write(tmp_path / "export", backbone=backbone, state=state, base=source)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(start)
+    vectors = embed_texts(load_export(folder, "cpu"), TEXTS, "query")  # new adapters change nothing yet
+    np.testing.assert_allclose(vectors, made["bert_lora"].live["query"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            None,
+            "lora is null; name .*merged .full weights., or set lora to rank 4, alpha 8, targets down_proj, q_proj$",
+        ),
+        ({"rank": 8}, "lora has rank 8, alpha 8, targets down_proj, q_proj; name .* set lora to rank 4, alpha 8, "),
+        ({"alpha": 4.0}, "lora has rank 4, alpha 4, "),
+        ({"targets": ["q_proj"]}, "lora has rank 4, alpha 8, targets q_proj; name "),
+    ],
+)
+def test_an_adapter_that_is_not_the_recipes_is_refused_in_one_line(made, exports, change, message):
+    settings: Any = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj", "q_proj"]}
+    backbone = load_encoder_backbone(made["llama_lora"].base.folder, torch.float32)
+    lora = None if change is None else Lora(**(settings | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        adapted(backbone, lora, exports["llama_lora"], causal=False, seed=0)
+    assert str(caught.value).startswith(f"{exports['llama_lora']}: holds an adapter, and ")
+    assert "\n" not in str(caught.value)
+    adapted(backbone, Lora(**settings), exports["llama_lora"], causal=False, seed=0)
 
 
 def test_base_in_a_folder_is_named_by_its_absolute_path(made, monkeypatch, tmp_path):

@@ -21,7 +21,8 @@ SETTINGS = EncoderSettings(
 
 
 def card(base: str, adapter: bool) -> str:
-    return model_card(Path("/runs/tiny/export"), CARD, SETTINGS, torch.bfloat16, base, adapter)
+    options = {"dtype": "bfloat16", "add_pooling_layer": False}
+    return model_card(Path("/runs/tiny/export"), CARD, SETTINGS, options, base, adapter)
 
 
 def front_matter(text: str) -> dict:
@@ -43,6 +44,7 @@ def test_card_names_the_facts():
     for snippet in (
         'SentenceTransformer("/runs/tiny/export")',
         "PeftModel.from_pretrained",
+        'AutoModel.from_pretrained("/models/base", dtype="bfloat16", add_pooling_layer=False)',
         "python -m eval.run /runs/",
     ):
         assert snippet in text, snippet

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import httpx2
 import pytest
@@ -13,8 +14,9 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from toolkit import prepare
+from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
-from toolkit.prepare import ModelSource, build_start, prepare_passages, resolve_model, train_tokenizer
+from toolkit.prepare import ModelSource, build_start, prepare_passages, resolve_model
 from toolkit.recipe import BuildModel, BuildStart, BuildTokenizer, Data, FolderStart, HubStart, RecipeError
 
 CODE = "def getHTTPName_v12(self):\r\n\tx = 'é ☃ 中文 \U0001f600 e\u0301'  \n\n    return <|eos|> + \x00None\n"
@@ -124,7 +126,7 @@ def test_a_built_model_loads_and_its_end_token_can_learn(tmp_path: Path):
     folder = build_start(make_build(), data, 5, tmp_path)
     source = resolve_model(BuildStart(build=make_build()), previous=None, previous_kind="encoder", built=folder)
     assert source == ModelSource(folder, str(folder), None)
-    model = load_causal_lm(folder, torch.float32, "sdpa")
+    model: Any = load_causal_lm(folder, torch.float32, "sdpa")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     embeddings = model.get_input_embeddings()
     assert embeddings.weight.shape == (400, 16) and embeddings.padding_idx is None
@@ -145,7 +147,7 @@ def built(tmp_path_factory) -> Path:
     return build_start(make_build(), make_data(folder / "in", {"text": "some text"}), 1, folder)
 
 
-def resolve(start, previous: Path | None = None, kind="encoder") -> ModelSource:
+def resolve(start: Any, previous: Path | None = None, kind: Literal["encoder", "lm"] = "encoder") -> ModelSource:
     return resolve_model(start, previous=previous, previous_kind=kind, built=None)
 
 
@@ -161,9 +163,17 @@ def test_a_folder_that_lacks_a_file_is_refused_by_its_name(built: Path, tmp_path
 def test_missing_folders_and_bare_adapters_are_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="does not exist"):
         resolve(FolderStart(folder=str(tmp_path / "none")))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(RecipeError, match="it holds an adapter, so name its base"):
-        resolve(FolderStart(folder=str(tmp_path)))
+    bare_adapter(tmp_path, "a/b")
+    with pytest.raises(RecipeError, match=r"lacks config\.json, .* it holds an adapter, so name its base or an export"):
+        resolve(FolderStart(folder=str(tmp_path)), kind="lm")
+
+
+def bare_adapter(folder: Path, base: object) -> Path:
+    """An export's adapter files, the weights empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / "adapter_model.safetensors").touch()
+    return folder
 
 
 def test_previous_is_the_export_its_adapter_or_its_language_model(built: Path, tmp_path: Path):
@@ -172,9 +182,40 @@ def test_previous_is_the_export_its_adapter_or_its_language_model(built: Path, t
     shutil.copytree(built, full / "export" / "lm")
     assert resolve("previous", full).folder == full / "export"
     assert resolve("previous", full, "lm").folder == full / "export" / "lm"
-    (lora / "export").mkdir(parents=True)
-    (lora / "export" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(built)}))
+    bare_adapter(lora / "export", str(built))
     assert resolve("previous", lora) == ModelSource(built, str(built), lora / "export")
+
+
+def test_a_folder_with_an_adapter_is_the_adapter_on_its_base(built: Path, tmp_path: Path, monkeypatch):
+    lora = bare_adapter(tmp_path / "export", str(built))
+    assert resolve(FolderStart(folder=str(lora))) == ModelSource(built, str(built), lora)
+    monkeypatch.chdir(tmp_path)
+    assert resolve(FolderStart(folder="export")) == ModelSource(built, str(built), lora)
+    merged = Path(shutil.copytree(built, lora / "merged"))
+    assert resolve(FolderStart(folder=str(merged))) == ModelSource(merged, str(merged))
+    monkeypatch.setattr(prepare, "snapshot_download", lambda *_, **__: str(built))
+    on_hub = bare_adapter(tmp_path / "other", "a/b")
+    assert resolve(FolderStart(folder=str(on_hub))) == ModelSource(built, "a/b", on_hub)
+    full = bare_adapter(Path(shutil.copytree(built, tmp_path / "full")), "a/b")  # whole weights count
+    assert resolve(FolderStart(folder=str(full))) == ModelSource(full, str(full))
+
+
+def test_an_adapter_without_its_base_or_weights_is_one_line(tmp_path: Path):
+    gone = str(tmp_path / "gone")
+    for base, message in (
+        (gone, f"base model {gone} is gone; put it back"),
+        (None, "names no base"),
+        (3, "names no base"),
+    ):
+        with pytest.raises(RecipeError, match=message) as caught:
+            resolve(FolderStart(folder=str(bare_adapter(tmp_path / "export", base))))
+        assert str(caught.value).startswith(f"{tmp_path}/export/adapter_config.json: ")
+    (tmp_path / "export" / "adapter_config.json").write_text("{")
+    with pytest.raises(RecipeError, match="names no base model; write its hub id or folder"):
+        resolve(FolderStart(folder=str(tmp_path / "export")))
+    (bare_adapter(tmp_path / "export", "a/b") / "adapter_model.safetensors").rename(tmp_path / "export" / "x.bin")
+    with pytest.raises(RecipeError, match=r"export: lacks the adapter's weights \(adapter_model\.safetensors\)"):
+        resolve(FolderStart(folder=str(tmp_path / "export")))
 
 
 def response(status: int) -> httpx2.Response:
@@ -232,4 +273,5 @@ def test_offline_and_uncached_says_so():
 
 
 def test_encoder_backbone_loads_from_the_same_folder(built: Path):
-    assert load_encoder_backbone(built, torch.float32).config.hidden_size == 16
+    model: Any = load_encoder_backbone(built, torch.float32)
+    assert model.config.hidden_size == 16

@@ -1,7 +1,7 @@
 """The exported tokenizer gives the ids of training."""
 
 import pytest
-from tiny_retriever import TEXTS, TOKENIZERS, small_tokenizer
+from tiny_retriever import ENCODERS, TEXTS, TOKENIZERS, small_tokenizer
 from tokenizers import processors
 from transformers import (
     AutoTokenizer,
@@ -37,6 +37,29 @@ def test_exported_tokenizer_gives_the_ids_of_tokenize(style, append_eos, tmp_pat
     assert tokenize(exported, TEXTS, "find: ", 12, append_eos) == wanted  # as load_export reads it
     again = retriever_tokenizer(exported, settings)  # a stage that starts from an export
     assert again(TEXTS[0])["input_ids"] == exported(TEXTS[0])["input_ids"]
+
+
+@pytest.mark.parametrize("style", sorted(set(ENCODERS.values())))
+def test_exported_tokenizer_of_an_encoder_gives_the_ids_of_tokenize(style, tmp_path):
+    small_tokenizer(style).save_pretrained(tmp_path / "base")
+    tokenizer = load_tokenizer(tmp_path / "base")
+    settings = EncoderSettings(
+        pooling="mean", normalize=True, append_eos=True, query_prefix="find: ", passage_prefix="", max_tokens=8,
+        eval_max_tokens=12,
+    )  # fmt: skip
+    retriever_tokenizer(tokenizer, settings).save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert (exported.padding_side, exported.pad_token_id) == ("right", tokenizer.pad_token_id)
+    assert (exported.eos_token_id, len(exported)) == (tokenizer.sep_token_id, len(tokenizer))
+    first, last = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    plain = tokenizer(["find: " + text for text in TEXTS], add_special_tokens=False)["input_ids"]
+    wanted = [first + ids[:10] + last for ids in plain]
+    batch = exported(["find: " + text for text in TEXTS], truncation=True)
+    assert batch["input_ids"] == tokenize(tokenizer, TEXTS, "find: ", 12, True) == wanted
+    assert "token_type_ids" not in batch  # Encoder passes none either
+    assert tokenize(load_tokenizer(tmp_path), TEXTS, "find: ", 12, True) == wanted
+    again = retriever_tokenizer(load_tokenizer(tmp_path), settings)  # a stage that starts from an export
+    assert again(TEXTS)["input_ids"] == exported(TEXTS)["input_ids"] == tokenize(tokenizer, TEXTS, "", 999, True)
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -8,7 +8,7 @@ import torch
 
 from toolkit.collectives import gather, group_device, is_distributed, rank, world_size
 from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
-from toolkit.models.backbone import load_encoder_backbone, load_tokenizer
+from toolkit.models.backbone import check_length, load_adapted, load_encoder_backbone, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.recipe import EncoderSettings
 
@@ -24,10 +24,20 @@ class Retriever(NamedTuple):
 
 
 def load_retriever(
-    folder: str | Path, settings: EncoderSettings, dtype: torch.dtype, device: torch.device | str
+    folder: str | Path,
+    settings: EncoderSettings,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    adapter: Path | None = None,
 ) -> Retriever:
-    """The retriever of a plain model folder (no adapter), in eval mode; ValueError for an unsupported model type."""
-    backbone = load_encoder_backbone(folder, dtype, device)
+    """The retriever of a model folder, with the adapter of another one if given, in eval mode.
+
+    Raises:
+        ValueError: for an unsupported model type, damaged weights, or eval_max_tokens above the model's positions.
+    """
+    check_length(read_config(folder), settings.eval_max_tokens)
+    plain = adapter is None
+    backbone = load_encoder_backbone(folder, dtype, device) if plain else load_adapted(folder, adapter, dtype, device)
     encoder = Encoder(backbone, settings.pooling, settings.normalize).eval()
     return Retriever(encoder, load_tokenizer(folder), settings)
 

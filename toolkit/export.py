@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from toolkit.embed import Retriever
 from toolkit.files import replace_text, replacing_folder
 from toolkit.model_card import model_card
-from toolkit.models.backbone import DTYPES, load_encoder_backbone, load_tokenizer
+from toolkit.models.backbone import DTYPES, headless, load_adapted, load_encoder_backbone, load_tokenizer
 from toolkit.models.encoder import Encoder
-from toolkit.prepare import ModelSource
+from toolkit.prepare import ADAPTER_WEIGHTS, ModelSource, base_of_adapter
 from toolkit.recipe import EncoderSettings, RecipeError
 from toolkit.sentence_layout import retriever_tokenizer, without_limits, write_layout
 
 SHARD_SIZE = "5GB"  # largest weights file of a full model; the hub's usual size
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def write_export(
@@ -67,9 +66,11 @@ def write_export(
     plain: Any = backbone.get_base_model() if adapted else backbone
     base_name = str(base.folder.resolve()) if Path(base.name).resolve() == base.folder.resolve() else base.name
 
+    options = {"dtype": str(dtype).removeprefix("torch."), **headless(plain.config)}
+
     def describe(part: Path, place: Path, adapter: bool) -> None:
-        write_layout(part, settings, retriever_side, plain.config.hidden_size, dtype)
-        text = model_card(place, card, settings, dtype, base_name, adapter)
+        write_layout(part, settings, retriever_side, plain.config.hidden_size, options)
+        text = model_card(place, card, settings, options, base_name, adapter)
         (part / "README.md").write_text(text, encoding="utf-8")
         record = {"settings": settings.model_dump(), "dtype": dtype_name(dtype), "base": base_name}
         write_record(part, record | {"weights_sha256": _digest(part)})
@@ -138,17 +139,6 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     replace_text(folder / "export.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def base_of_adapter(folder: Path) -> str:
-    """Folder or hub id of the model an exported adapter applies to; raises RecipeError if it is not on this machine."""
-    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if Path(name).is_absolute() and not (Path(name) / "config.json").is_file():
-        raise RecipeError(
-            f"{folder}/adapter_config.json: the base model {name} is gone; put it back, or write its new place "
-            "into base_model_name_or_path"
-        )
-    return name
-
-
 def _write_adapter(folder: Path, backbone: PeftModel, state: dict[str, Tensor], base: str, dtype: torch.dtype) -> None:
     # save_embedding_layers="auto" would ask the hub for the base's config
     expected = get_peft_model_state_dict(backbone, dict(backbone.named_parameters()), save_embedding_layers=False)
@@ -191,7 +181,7 @@ def _on_cpu(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 def _with_adapter(base: str | Path, folder: Path, dtype: torch.dtype, device: torch.device | str) -> PeftModel:
     try:
-        model = load_encoder_backbone(base, dtype, device)
+        return load_adapted(base, folder, dtype, device)
     except ValueError:
         if Path(base).is_dir():
             raise
@@ -199,9 +189,6 @@ def _with_adapter(base: str | Path, folder: Path, dtype: torch.dtype, device: to
             f"{folder}/adapter_config.json: the base model {base} is not on this machine; download it "
             f"(hf download {base}), or write its folder into base_model_name_or_path"
         ) from None
-    # autocast_adapter_dtype would keep a bf16 adapter in fp32, unlike in training
-    adapted = PeftModel.from_pretrained(model, folder, torch_device=str(device), autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
-    return adapted.to(dtype).eval()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from toolkit.files import replace_text
 from toolkit.recipe import EncoderSettings
 
@@ -22,7 +20,7 @@ SCORES = "## Scores\n"
 
 
 def model_card(
-    folder: Path, card: dict[str, Any], settings: EncoderSettings, dtype: torch.dtype, base: str, adapter: bool
+    folder: Path, card: dict[str, Any], settings: EncoderSettings, options: dict[str, Any], base: str, adapter: bool
 ) -> str:
     """The text of README.md.
 
@@ -30,7 +28,7 @@ def model_card(
         folder: where the export will lie; named in the snippets.
         card: recipe, recipe_digest, stage, method, data, data_digest, steps, rows_seen, tokens_seen, command, seed.
         settings: the encoder's.
-        dtype: number format of the weights.
+        options: of AutoModel to load it with; "dtype" is the number format of the weights.
         base: folder or hub id of the model it was trained from.
         adapter: whether the folder holds an adapter or full weights.
     """
@@ -39,8 +37,8 @@ def model_card(
         f"# {card['recipe']}, stage {card['stage']}\n",
         "A dense retriever: it turns a query or a passage into one vector; "
         f"{'their cosine' if settings.normalize else 'their inner product'} says how well they match.\n",
-        _facts(card, dtype, base, adapter),
-        _loading(folder, base, dtype, adapter),
+        _facts(card, options["dtype"], base, adapter),
+        _loading(folder, base, options, adapter),
         _settings(settings),
     ]
     return "\n".join(parts)
@@ -81,10 +79,10 @@ def _front_matter(card: dict[str, Any], base: str, adapter: bool) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _facts(card: dict[str, Any], dtype: torch.dtype, base: str, adapter: bool) -> str:
+def _facts(card: dict[str, Any], dtype: str, base: str, adapter: bool) -> str:
     rows = {
         "Base model": f"`{base}`",
-        "Weights": f"{'LoRA adapter of the base model' if adapter else 'full'}, {str(dtype).removeprefix('torch.')}",
+        "Weights": f"{'LoRA adapter of the base model' if adapter else 'full'}, {dtype}",
         "Method": METHODS[card["method"]],
         "Recipe": f"{card['recipe']}, digest `{card['recipe_digest']}`",
         "Data": f"{card['data']}, digest `{card['data_digest']}`",
@@ -98,15 +96,20 @@ def _facts(card: dict[str, Any], dtype: torch.dtype, base: str, adapter: bool) -
     return "## How it was made\n\n" + _table(rows)
 
 
-def _loading(folder: Path, base: str, dtype: torch.dtype, adapter: bool) -> str:
+def _loading(folder: Path, base: str, options: dict[str, Any], adapter: bool) -> str:
+    more = "".join(f", {name}={value!r}" for name, value in options.items()).replace("'", '"')
     peft = [
         "from peft import PeftModel",
         "from transformers import AutoModel",
         "",
-        f'base = AutoModel.from_pretrained({json.dumps(base)}, dtype="{str(dtype).removeprefix("torch.")}")',
+        f"base = AutoModel.from_pretrained({json.dumps(base)}{more})",
         f"model = PeftModel.from_pretrained(base, {json.dumps(str(folder))})",
     ]
-    plain = ["from transformers import AutoModel", "", f"model = AutoModel.from_pretrained({json.dumps(str(folder))})"]
+    plain = [
+        "from transformers import AutoModel",
+        "",
+        f"model = AutoModel.from_pretrained({json.dumps(str(folder))}{more})",
+    ]
     return "\n".join(
         [
             "## How to load it\n",

@@ -20,19 +20,17 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank
 from toolkit.data import stdlib_corpus
 from toolkit.data.records import fingerprint, read_source
 from toolkit.data.spans import PassageStore, cut, write_store
+from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
 from toolkit.files import replacing_folder
 from toolkit.models.backbone import build_llama, llama_config
 from toolkit.recipe import (
     BuildModel,
     BuildStart,
-    BuildTokenizer,
     Data,
     FolderStart,
     HubStart,
@@ -42,6 +40,7 @@ from toolkit.recipe import (
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other formats live in subfolders
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -50,7 +49,7 @@ class ModelSource(NamedTuple):
 
     folder: Path  # config.json, safetensors, tokenizer
     name: str  # what an adapter names as its base: the hub id, or the absolute folder
-    adapter: Path | None = None  # an adapter of the previous stage to continue
+    adapter: Path | None = None  # an adapter to continue: folder of an export
 
 
 # --------------------------------------------------------------------------- where models are
@@ -67,7 +66,8 @@ def resolve_model(
 
     Args:
         previous: folder of the stage before, for start "previous".
-        previous_kind: "encoder": its export (adapter and base, if it holds an adapter); "lm": its export/lm.
+        previous_kind: "encoder": its export, "lm": its export/lm. An adapter, there or in a folder, comes with its base
+            for an "encoder" and is refused for an "lm".
         built: what build_start returned, for start {"build": ...}.
 
     Raises:
@@ -77,15 +77,24 @@ def resolve_model(
         case HubStart():
             return ModelSource(_download(start.hub), start.hub)
         case FolderStart():
-            return _in_folder(Path(start.folder).expanduser())
+            return _export_or_model(Path(start.folder).expanduser(), previous_kind)
         case BuildStart():
             assert built is not None
             return _in_folder(built)
         case "previous":
             assert previous is not None
             export = previous / "export" if previous_kind == "encoder" else previous / "export" / "lm"
-            adapted = on_rank_zero((export / "adapter_config.json").is_file)
-            return _with_adapter(export) if adapted else _in_folder(export)
+            return _export_or_model(export, previous_kind)
+
+
+def _export_or_model(folder: Path, kind: Literal["encoder", "lm"]) -> ModelSource:
+    bare = kind == "encoder" and on_rank_zero(lambda: _holds_bare_adapter(folder))
+    return _with_adapter(folder) if bare else on_every_rank(lambda: _in_folder(folder))
+
+
+def _holds_bare_adapter(folder: Path) -> bool:
+    full = [path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS]
+    return (folder / ADAPTER_CONFIG).is_file() and not full
 
 
 def _in_folder(folder: Path) -> ModelSource:
@@ -94,9 +103,32 @@ def _in_folder(folder: Path) -> ModelSource:
 
 
 def _with_adapter(export: Path) -> ModelSource:
-    name = json.loads((export / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = _in_folder(Path(name)) if Path(name).is_absolute() else ModelSource(_download(name), name)
+    name = on_every_rank(lambda: base_of_adapter(export))
+    local = Path(name).is_absolute()
+    base = on_every_rank(lambda: _in_folder(Path(name))) if local else ModelSource(_download(name), name)
     return base._replace(adapter=export.absolute())
+
+
+def base_of_adapter(folder: Path) -> str:
+    """Absolute folder or hub id of the model that the adapter in a folder applies to.
+
+    Raises:
+        RecipeError: if the folder names none, names one that is gone, or lacks the adapter's weights.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise RecipeError(f"{path}: names no base model; write its hub id or folder into base_model_name_or_path")
+    if Path(name).is_absolute() and not (Path(name) / "config.json").is_file():
+        raise RecipeError(
+            f"{path}: the base model {name} is gone; put it back, or write its new place into base_model_name_or_path"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise RecipeError(f"{folder}: lacks the adapter's weights ({ADAPTER_WEIGHTS}); put them back")
+    return name
 
 
 def _check_model_folder(folder: Path, name: str) -> None:
@@ -108,7 +140,7 @@ def _check_model_folder(folder: Path, name: str) -> None:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         missing.append("tokenizer (tokenizer.json)")
     if missing:
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter = (folder / ADAPTER_CONFIG).is_file()
         fix = (
             "it holds an adapter, so name its base or an export with merged weights"
             if adapter
@@ -271,14 +303,6 @@ def _announce(data: Data, counts: Counter[str], store: PassageStore) -> None:
 
 # --------------------------------------------------------------------------- a model from nothing
 
-BOS, EOS = "<|bos|>", "<|eos|>"
-# Pieces of source code: acronyms, capitalised or lower-case words, other letters, up to 3 digits, underscores, other
-# marks (each with the space before it), white space; so HTTPServer_v12 gives HTTP, Server, _, v, 12.
-_IDENTIFIERS = (
-    r" ?\p{Lu}+(?!\p{Ll})| ?\p{Lu}?[\p{Ll}\p{M}]+| ?[\p{Lt}\p{Lm}\p{Lo}\p{M}]+| ?\p{N}{1,3}| ?_+"
-    r"| ?[^\s\p{L}\p{M}\p{N}_]+|\s+(?!\S)|\s+"
-)
-
 
 def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
     """A folder with a tokenizer trained on the stage's passages and a small Llama with random weights.
@@ -303,37 +327,3 @@ def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
 
     together(write)
     return folder
-
-
-def train_tokenizer(settings: BuildTokenizer, texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts a begin token before every text and gives every text back exactly.
-
-    Special tokens are <|bos|> and <|eos|> (padding too); the same words in a text are ordinary text.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    if settings.split_identifiers:
-        split = pre_tokenizers.Split(Regex(_IDENTIFIERS), behavior="isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=EOS,
-        padding_side="right",
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )

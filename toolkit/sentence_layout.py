@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -16,8 +15,13 @@ from toolkit.data.tokens import ends_with_eos
 from toolkit.recipe import EncoderSettings
 
 
-def write_layout(folder: Path, settings: EncoderSettings, tokenizer: Any, hidden_size: int, dtype: torch.dtype) -> None:
-    """The files of sentence-transformers (layout of version 5 and later) and export.json."""
+def write_layout(
+    folder: Path, settings: EncoderSettings, tokenizer: Any, hidden_size: int, options: dict[str, Any]
+) -> None:
+    """The files of sentence-transformers (layout of version 5 and later).
+
+    `options` are those of AutoModel; without dtype an adapter's base would load in the number format of its own config.
+    """
     tokenizer.save_pretrained(folder)
     name = "sentence_transformers.{}".format
     modules = [
@@ -45,8 +49,7 @@ def write_layout(folder: Path, settings: EncoderSettings, tokenizer: Any, hidden
             "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
             "module_output_name": "token_embeddings",
             "max_seq_length": settings.eval_max_tokens,
-            # without it an adapter's base would load in the number format of its own config
-            "model_kwargs": {"dtype": str(dtype).removeprefix("torch.")},
+            "model_kwargs": options,
         },
     )
     prompts = {"query": settings.query_prefix} | dict.fromkeys(("document", "passage"), settings.passage_prefix)

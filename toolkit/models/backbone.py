@@ -61,6 +61,14 @@ def load_encoder_backbone(folder: str | Path, dtype: torch.dtype, device: torch.
     return _load(AutoModel, folder, dtype, "sdpa", **headless(read_config(folder))).to(device)
 
 
+def load_adapted(base: str | Path, adapter: Path, dtype: torch.dtype, device: torch.device | str) -> PeftModel:
+    """load_encoder_backbone of `base`, with the adapter of a folder beside its weights; all in `dtype`."""
+    model: Any = load_encoder_backbone(base, dtype, device)
+    # autocast_adapter_dtype would keep a bf16 adapter in fp32, unlike in training
+    found = PeftModel.from_pretrained(model, adapter, torch_device=str(device), autocast_adapter_dtype=False)
+    return found.to(dtype).eval()
+
+
 def load_causal_lm(
     folder: str | Path, dtype: torch.dtype, attention: str, device: torch.device | str = "cpu"
 ) -> nn.Module:
