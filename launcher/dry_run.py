@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
 )
 from transformers import PretrainedConfig
 
+from toolkit.data.pair_records import pair_files
 from toolkit.data.records import source_files
 from toolkit.models.backbone import llama_config, read_config
 from toolkit.prepare import hub_problem
@@ -53,7 +54,7 @@ def check_sources(stage: Stage) -> None:
     """Raise RecipeError if a folder of training data does not exist or holds none."""
     for source in stage.data.sources:
         if isinstance(source, FolderSource):
-            source_files(source.folder)
+            pair_files(source) if source.format in ("pairs", "beir") else source_files(source.folder)
 
 
 def stage_parameters(recipe: Recipe, index: int) -> dict[str, int]:

@@ -14,6 +14,9 @@ from toolkit.recipe import EncoderSettings
 METHODS = {
     "language_model": "next-token prediction with all parameters (a language model read as a retriever)",
     "revela": "Revela: Dense Retriever Learning via Language Modeling ([arXiv 2506.16552](https://arxiv.org/abs/2506.16552))",
+    "contrastive": "InfoNCE over (query, positive, negatives) rows and the other rows of the pool",
+    "recontriever": "ReContriever: Unsupervised Dense Retrieval with Relevance-Aware Contrastive Pre-Training "
+    "([arXiv 2306.03166](https://arxiv.org/abs/2306.03166)), or one of its baselines by the recipe's settings",
 }
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "sentence-transformers")
 SCORES = "## Scores\n"

@@ -216,8 +216,10 @@ Objective = Annotated[
 class Fields(Section):
     """Column names of a source."""
 
-    text: Text = Field("text", description="Column with the text (for groups: the list of texts).")
-    title: Text | None = Field(None, description="Column put before the text; null: none.")
+    text: Text = Field("text", description="Column with the text (groups: the list of texts; pairs: key in passages).")
+    title: Text | None = Field(
+        None, description="Column put before the text; null: none (pairs: title, if there is one)."
+    )
     document: Text | None = Field(
         None, description="For format passages: consecutive rows with equal values here are one document."
     )
@@ -225,10 +227,13 @@ class Fields(Section):
         None, description="For format pairs; null: query (as Tevatron) or anchor (as sentence-transformers)."
     )
     positive: Text | None = Field(
-        None, description="For format pairs: text, or a list of texts or passages; null: positive_passages or positive."
+        None,
+        description="For format pairs: text, or a list of texts or passages; null: positive_passages, positive, "
+        "positives or pos.",
     )
     negatives: list[Text] | None = Field(
-        None, description="For format pairs; null: negative_passages, or all columns negative, negative_1, ..."
+        None,
+        description="For format pairs; null: negative_passages, negatives, neg, or all of negative, negative_1, ...",
     )
     weight: Text | None = Field(None, description="For format pairs: column with the row's weight; null: 1 each.")
 

@@ -5,11 +5,12 @@ Negatives come from a queue that a momentum encoder fills, or from the pool. MoC
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.collectives import gather, gather_with_grad, pool_mean, world_size
 from toolkit.data.crops import CropBatch
@@ -26,8 +27,8 @@ from toolkit.slicing import padding
 class Momentum:
     """theta_k <- m theta_k + (1 - m) theta_q over what is trained, in fp32 (fp64 for fp64), outside the module.
 
-    With LoRA these are the adapters alone, over the one frozen base. At ZeRO-3 the trained parameters must stay whole
-    between steps, as DeepSpeed keeps those below its persistence threshold.
+    With LoRA these are the adapters alone, over the one frozen base. At ZeRO-3 the trained parameters must be whole
+    after a step, as DeepSpeed leaves those below its persistence threshold.
     """
 
     def __init__(self, encoder: Encoder, share: float) -> None:
@@ -35,33 +36,46 @@ class Momentum:
         self.share = share
         self.average = {name: p.detach().to(_wide(p.dtype), copy=True) for name, p in self._trained()}
 
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.encoder.named_parameters() if p.requires_grad)
 
     def update(self) -> None:
         """One step of the average; after the optimizer step."""
         for name, parameter in self._trained():
-            self._check(name, parameter)
             average = self.average[name]
+            if parameter.shape != average.shape:
+                raise ValueError(f"{name} is not whole at ZeRO stage 3; use stage 2 or a lower lora.rank")
             average.mul_(self.share).add_(parameter.detach().to(average.dtype), alpha=1 - self.share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The encoder with the averaged weights; for forwards without gradient."""
-        kept = {}
-        for name, parameter in self._trained():
-            self._check(name, parameter)
-            kept[name] = parameter.data
-            parameter.data = self.average[name].to(parameter.dtype)
+        """The encoder with the averaged weights, for forwards without gradient.
+
+        Each module's weights are exchanged around its own forward, between DeepSpeed's hooks: at ZeRO-3 they exist
+        only there.
+        """
+        handles = []
+        for prefix, module in self.encoder.named_modules():
+            named = module.named_parameters(prefix, recurse=False)
+            own = {name: parameter for name, parameter in named if parameter.requires_grad}
+            if own:
+                kept: dict[str, Tensor] = {}
+                handles.append(module.register_forward_pre_hook(partial(self._put, own, kept)))
+                handles.append(module.register_forward_hook(partial(self._put_back, own, kept), prepend=True))
         try:
             yield
         finally:
-            for name, parameter in self._trained():
-                parameter.data = kept[name]
+            for handle in handles:
+                handle.remove()
 
-    def _check(self, name: str, parameter: Tensor) -> None:
-        if parameter.shape != self.average[name].shape:
-            raise ValueError(f"{name} is not whole at ZeRO stage 3; use stage 2, or a lower lora.rank")
+    def _put(self, own: dict[str, nn.Parameter], kept: dict[str, Tensor], *_: object) -> None:
+        for name, parameter in own.items():
+            kept[name] = parameter.data
+            parameter.data = self.average[name].to(parameter.dtype)
+
+    def _put_back(self, own: dict[str, nn.Parameter], kept: dict[str, Tensor], *_: object) -> None:
+        for name, parameter in own.items():
+            parameter.data = kept.pop(name)
 
 
 class Queue:

@@ -90,7 +90,7 @@ def _crops(stage: Stage, objective: ReContrieverObjective, seed: int, run: Path,
         "max_tokens": stage.encoder.max_tokens,
     }
     collate = partial(_collate_crops, plan, settings)
-    return Feed(plan, collate, len(store), "documents", store.digest, store.examples)
+    return Feed(plan, collate, plan.chunks, "chunks", store.digest, store.examples)
 
 
 def _collate_crops(plan: CropPlan, settings: dict[str, Any], pool: int, places: np.ndarray, rows: np.ndarray) -> Any:
