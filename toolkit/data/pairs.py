@@ -21,18 +21,19 @@ from torch import Tensor
 
 from toolkit.data.pair_records import PairRecord
 from toolkit.data.token_store import TokenRows, TokenWriter
-from toolkit.data.tokens import Tokens, pad
+from toolkit.data.tokens import Tokens
 from toolkit.determinism import generator
 from toolkit.recipe import RecipeError
 
 # --------------------------------------------------------------------------- pairs on disk
 
 _EXAMPLES = 8
-_TEXTS_PER_BATCH, _CHARACTERS_PER_BATCH = 1024, 1 << 23
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 1 << 23
 _QUERY, _DOCUMENT = b"query", b"document"
 
 Prefixes = tuple[str, str]  # of queries, of passages
 Encode = Callable[[list[str]], list[list[int]]]
+Mix = Literal["rows", "pools"]
 
 
 def text_key(text: str, side: bytes) -> int:
@@ -58,7 +59,7 @@ class _Texts:
             self.keys.append(key)
             self._waiting.append(prefix + text)
             self._characters += len(text)
-            if len(self._waiting) == _TEXTS_PER_BATCH or self._characters > _CHARACTERS_PER_BATCH:
+            if len(self._waiting) == _TEXTS_AT_ONCE or self._characters > _CHARACTERS_AT_ONCE:
                 self.flush()
         return known[key]
 
@@ -168,14 +169,7 @@ class PairPlan:
     from the start of the next. A source of fewer rows than three pools take is shuffled anew for each pool instead.
     """
 
-    def __init__(
-        self,
-        sizes: list[int],
-        weights: list[float] | None,
-        pool: int,
-        mix: Literal["rows", "pools"] | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, sizes: list[int], weights: list[float] | None, pool: int, mix: Mix | None, seed: int) -> None:
         """Args: rows of each source; their shares up to a factor (None: the sizes); rows per pool; how they mix.
 
         Raises:
@@ -195,7 +189,7 @@ class PairPlan:
                     f"data.sources.{number}: {size} rows are fewer than the {needed} it gives to a pool of {pool}; "
                     "lower batch.pool or add data" + (", or lower its weight" if mix == "rows" else "")
                 )
-        # Pools until the source that takes longest has been seen once; for one source its rows / pool.
+        # Until the source that takes longest has been seen once; for one source its rows / pool.
         self.pools_per_epoch: float = max(
             size * self.block / (quota * self._rows_each) for size, quota in zip(sizes, self.quotas, strict=True)
         )
@@ -224,12 +218,11 @@ class PairPlan:
         Each pool gets the whole part of quota / block. The remainders, source after source in a line, go to the pools
         in turn: as none of them is as long as a turn, no pool gets two of a source, and all pools get equally many.
         """
-        random = generator("sources", self._seed, number)
-        order = random.permutation(len(self.quotas))
         quotas = np.asarray(self.quotas)
         counts = np.tile(quotas // self.block, (self.block, 1))
-        line = np.repeat(order, (quotas % self.block)[order])
-        counts[random.permutation(self.block)[np.arange(len(line)) % self.block], line] += 1
+        line = np.repeat(np.arange(len(quotas)), quotas % self.block)
+        turns = generator("sources", self._seed, number).permutation(self.block)
+        counts[turns[np.arange(len(line)) % self.block], line] += 1
         return np.concatenate([np.zeros((1, len(quotas)), dtype=np.int64), counts.cumsum(0)])
 
     def _rows(self, source: int, t: int, before: int, after: int) -> np.ndarray:
@@ -266,10 +259,8 @@ def _quotas(shares: list[Fraction], units: int) -> tuple[int, list[int]]:
         block = math.ceil(_SMALLEST_QUOTA / min(wanted))
     if block > _LONGEST_BLOCK:
         least = wanted.index(min(wanted))
-        raise RecipeError(
-            f"data.sources.{least}: a share of {float(shares[least]):.1g} is too small to be kept; raise its weight "
-            "or remove the source"
-        )
+        share = f"a share of {float(shares[least]):.1g}"
+        raise RecipeError(f"data.sources.{least}: {share} is too small to be kept; raise its weight or remove it")
     quotas = [math.floor(want * block) for want in wanted]
     remainders = sorted(range(len(quotas)), key=lambda s: quotas[s] - wanted[s] * block)  # the largest first
     for source in remainders[: block * units - sum(quotas)]:
@@ -312,31 +303,40 @@ def collate_pairs(
         positives: slots for positives of each row; at least 1.
         negatives: slots for hard negatives.
     """
-    queries, documents, known = [], [], []
-    keys = np.full((len(rows), positives + negatives), -1, dtype=np.int64)
+    query = store.query_of_row[rows]
+    number = np.full((len(rows), positives + negatives), -1, dtype=np.int64)
     for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
-        queries.append(store.query[store.query_of_row[row]].tolist())
-        absent = queries[-1][-1:]  # a token that the model knows
-        first = 0
-        for kind, of_row, slots in (("positive", store.positives, positives), ("negative", store.negatives, negatives)):
-            drawn = _drawn(of_row[row], slots, kind, seed, pool, place)
-            keys[i, first : first + len(drawn)] = store.document_key[drawn]
-            documents += [store.document[number].tolist() for number in drawn.tolist()]
-            documents += [absent] * (slots - len(drawn))
-            first += slots
-        known.append(store.document_key[store.positives[row]])
+        positive = _drawn(store.positives[row], positives, "positive", seed, pool, place)
+        negative = _drawn(store.negatives[row], negatives, "negative", seed, pool, place)
+        number[i, : len(positive)] = positive
+        number[i, positives : positives + len(negative)] = negative
+    key = np.where(number < 0, -1, store.document_key[number])
+    known = [store.document_key[store.positives[row]] for row in rows.tolist()]
     known_key = np.full((len(rows), max(map(len, known))), -1, dtype=np.int64)
-    for i, of_row in enumerate(known):
-        known_key[i, : len(of_row)] = of_row
+    known_key[np.arange(known_key.shape[1]) < [[len(of_row)] for of_row in known]] = np.concatenate(known)
+    end = store.query.ids[store.query.offsets[query + 1] - 1]  # a token that the model knows
     return PairBatch(
-        query=pad(queries, pad_id),
-        document=pad(documents, pad_id),
-        query_key=torch.from_numpy(store.query_key[store.query_of_row[rows]]),
-        positive_key=torch.from_numpy(keys[:, :positives].copy()),
-        negative_key=torch.from_numpy(keys[:, positives:].copy()),
+        query=_padded(store.query, query, end, pad_id),
+        document=_padded(store.document, number.reshape(-1), end.repeat(positives + negatives), pad_id),
+        query_key=torch.from_numpy(store.query_key[query]),
+        positive_key=torch.from_numpy(key[:, :positives].copy()),
+        negative_key=torch.from_numpy(key[:, positives:].copy()),
         known_key=torch.from_numpy(known_key),
         weight=torch.from_numpy(store.weight[rows]),
     )
+
+
+def _padded(texts: TokenRows, numbers: np.ndarray, absent: np.ndarray, pad_id: int) -> Tokens:
+    """Texts of these numbers, right-padded; number -1 is the one token `absent` [len(numbers)] has there."""
+    there = numbers >= 0
+    first = texts.offsets[numbers]
+    length = np.where(there, texts.offsets[numbers + 1] - first, 1)
+    mask = np.arange(length.max()) < length[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    first = np.where(there, first, 0)
+    ids[mask] = texts.ids[np.arange(length.sum()) + np.repeat(first - (length.cumsum() - length), length)]
+    ids[~there, 0] = absent[~there]
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
 
 
 def _drawn(numbers: np.ndarray, slots: int, *key: int | str) -> np.ndarray:
