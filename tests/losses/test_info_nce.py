@@ -15,8 +15,9 @@ DIRECTIONS = ("query_to_document", "document_to_query", "query_to_query", "docum
 
 
 def gap(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference, relative to the largest entry of the tensor (to 1e-3 if all are below it)."""
-    return max(float((x - y).abs().max() / y.abs().max().clamp(min=1e-3)) for x, y in zip(a, b, strict=True))
+    """Largest difference, relative to the tensor's largest entry (to 1e-3 if all are below it); inf if one is NaN."""
+    gaps = [(x - y).abs().max() / y.abs().max().clamp(min=1e-3) for x, y in zip(a, b, strict=True)]
+    return max(float(g) if g.isfinite() else float("inf") for g in gaps)
 
 
 def pool(positives: int) -> dict[str, Any]:
@@ -34,11 +35,12 @@ def pool(positives: int) -> dict[str, Any]:
     own = slice(1, 6)
     floats = {
         "query": queries[own],
-        "positive": documents[: 8 * positives].view(8, positives, DIM)[own],
+        "positive": documents[: 8 * positives].view(8, positives, DIM)[own].clone(),
         "queries_all": queries,
         "documents_all": documents,
         "scale": torch.tensor(3.0, dtype=torch.float64),
     }
+    floats["positive"][1, 1:] = -queries[2]  # padding with the lowest of scores
     return {name: x.clone().requires_grad_() for name, x in floats.items()} | {
         "present": present,
         "query_keys": query_keys[own],

@@ -121,7 +121,7 @@ class _Negatives(torch.autograd.Function):
         need_rows, need_columns, need_scale = ctx.needs_input_grad[:3]
         dtype, anchor = largest.dtype, _finite(largest)
         weight = torch.where(total > 0, grads[0] * scale / total, 0)  # no column is left: no gradient, whatever came
-        share = grads[2] * scale / count.clamp(min=1) if ctx.with_mean else None
+        share = grads[2] * scale / count if ctx.with_mean else None
         grad_rows = torch.empty_like(rows) if need_rows else None
         grad_columns = torch.zeros_like(columns, dtype=dtype) if need_columns else None
         grad_scale = torch.zeros_like(scale, dtype=dtype, device=rows.device) if need_scale else None
