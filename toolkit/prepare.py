@@ -88,11 +88,12 @@ def resolve_model(
 
 
 def _export_or_model(folder: Path, kind: Literal["encoder", "lm"]) -> ModelSource:
-    bare = kind == "encoder" and on_rank_zero(lambda: _holds_bare_adapter(folder))
+    bare = kind == "encoder" and on_rank_zero(lambda: holds_bare_adapter(folder))
     return _with_adapter(folder) if bare else on_every_rank(lambda: _in_folder(folder))
 
 
-def _holds_bare_adapter(folder: Path) -> bool:
+def holds_bare_adapter(folder: Path) -> bool:
+    """True for an adapter without full weights beside it."""
     full = [path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS]
     return (folder / ADAPTER_CONFIG).is_file() and not full
 

@@ -253,15 +253,15 @@ def adapted(model: nn.Module, lora: LoraSettings | None, adapter: Path | None, c
     """
     if adapter is not None:
         device = str(next(model.parameters()).device)
-        config = _to_continue(adapter, lora)
+        config = adapter_config(adapter, lora)
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config, torch_device=device)  # pyright: ignore[reportArgumentType]
     if lora is None:
         return model
     return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, causal, seed)
 
 
-def _to_continue(adapter: Path, lora: LoraSettings | None) -> LoraConfig:
-    """The config of an adapter, checked against the recipe's settings."""
+def adapter_config(adapter: Path, lora: LoraSettings | None) -> LoraConfig:
+    """The config of an adapter to go on with; raises ValueError if rank, alpha or targets are not those of `lora`."""
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter}: holds an adapter of type {config.peft_type}; only LoRA adapters can be continued")
