@@ -259,8 +259,9 @@ def test_a_hub_model_is_fetched_without_code_or_pickles_and_keeps_its_id(built: 
     monkeypatch.setattr(prepare, "snapshot_download", fetch)
     assert resolve(HubStart(hub="a/b")) == ModelSource(built, "a/b")
     assert asked["hub"] == "a/b"
-    names = ["model-00001-of-2.safetensors", "config.json", "tokenizer.model", "merges.txt"]
+    names = ["model-00001-of-2.safetensors", "config.json", "tokenizer.model", "merges.txt", "vocab.txt"]
     never = ["pytorch_model.bin", "modeling.py", "original/x.safetensors", "tokenizer.py", "model.gguf", "x.pkl"]
+    never += ["flax_model.msgpack", "tf_model.h5", "rust_model.ot"]  # as beside BERT
     kept = filter_repo_objects(
         [*names, *never], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
