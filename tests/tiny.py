@@ -114,12 +114,12 @@ def rows_of(batch: Any, first: int, last: int) -> Any:
 
 METHODS: dict[str, dict[str, Any]] = {
     "contrastive": {
-        "objective": {"name": "contrastive", "temperature": 0.05},
+        "objective": {"name": "contrastive", "temperature": 0.2},
         "data": {"sources": [{"folder": "unused", "format": "pairs"}]},
     },
     "recontriever": {
         "objective": {
-            "name": "recontriever", "temperature": 0.5, "views": 3, "relevance": "linear",
+            "name": "recontriever", "temperature": 10.0, "views": 3, "relevance": "linear",
             "queue": {"size": 192, "momentum": 0.9, "dtype": "fp32"},
         },
         "data": {
@@ -172,12 +172,23 @@ def rows_of_pairs(batch: PairBatch, first: int, last: int) -> PairBatch:
 
 
 def random_crops(num_pools: int, pool: int, views: int, seed: int = 0) -> list[CropBatch]:
-    """Pools of unrelated random texts in the place of crops."""
+    """Pools of random texts whose views lose up to two first tokens and have one other changed, so that they agree."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        CropBatch(random_tokens(pool, generator), random_tokens(views * pool, generator), torch.arange(pool) * 7 + t)
-        for t in range(num_pools)
-    ]
+
+    def number(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator))
+
+    def view(text: list[int]) -> list[int]:
+        text = text[number(3) :]
+        text[number(len(text) - 1)] = 3 + number(VOCABULARY - 3)
+        return text
+
+    def one(t: int) -> CropBatch:
+        texts = [[3 + number(VOCABULARY - 3) for _ in range(5 + number(10))] for _ in range(pool)]
+        query, *keys = ([view(text) for text in texts] for _ in range(1 + views))
+        return CropBatch(pad(query, 0), pad([row for of_view in keys for row in of_view], 0), torch.arange(pool) * 7 + t)
+
+    return [one(t) for t in range(num_pools)]
 
 
 def rows_of_crops(batch: CropBatch, first: int, last: int) -> CropBatch:

@@ -62,6 +62,9 @@ def as_case(method: str, number: int, factors: dict[str, Any]) -> dict[str, Any]
     }
     changes |= {f"batch__{key}": value for key, value in factors["forward"].items()}
     changes |= {f"objective__{key}": value for key, value in factors["objective"].items()}
+    if method == "recontriever" and (factors["normalize"] or arch == "llama"):
+        # Raw scores (the paper's, of BERT) are of both signs here for a llama: shares of their sum magnify rounding.
+        changes |= {"encoder__normalize": True, "objective__temperature": 0.2}
     changes |= {f"data__{key}": value for key, value in factors.get("slots", {}).items()}
     return {"method": method, "arch": arch, "seed": number, "changes": changes} | {
         # The momentum copy needs adapters that stay whole, as they do under the product's persistence threshold.
@@ -104,7 +107,7 @@ def controls() -> list[dict[str, Any]]:
     factors = {key: values[0] for key, values in PLACEMENT.items()} | {"span": "world"}
     names = ("own_slice_backward", "no_world_size", "mean_of_own_rows")
     found = [as_case("contrastive", 0, factors | {"objective": {}}) | {"control": name} for name in names]
-    in_batch = as_case("recontriever", 0, factors | {"objective": {"queue": None}})
+    in_batch = as_case("recontriever", 0, factors | {"objective": {"queue": None}, "normalize": True})
     return [*found, in_batch | {"control": "own_slice_backward"}, in_batch | {"control": "no_world_size"}]
 
 
