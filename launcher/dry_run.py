@@ -14,8 +14,8 @@ from transformers import PretrainedConfig
 
 from toolkit.data.pair_records import pair_files
 from toolkit.data.records import source_files
-from toolkit.models.backbone import llama_config, read_config
-from toolkit.prepare import hub_problem
+from toolkit.models.backbone import adapter_config, llama_config, read_config
+from toolkit.prepare import base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.recipe import (
     BuildStart,
     FolderSource,
@@ -79,6 +79,12 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
             return llama_config(start.build.model_dump(), bos_id=0, eos_id=1, pad_id=1)
         case FolderStart():
             folder = Path(start.folder).expanduser()
+            if start is recipe.stages[index].start and holds_bare_adapter(folder):
+                adapter_config(folder, recipe.stages[index].lora)
+                base = base_of_adapter(folder)
+                return _config(
+                    recipe, index, FolderStart(folder=base) if Path(base).is_absolute() else HubStart(hub=base)
+                )
             if not (folder / "config.json").is_file():
                 raise RecipeError(f"stages.{index}: {folder} holds no config.json; name a folder with a model")
             return read_config(folder)

@@ -142,8 +142,8 @@ def evaluate_start(recipe: Recipe, run: Path, device: torch.device) -> None:
     if not suites or on_rank_zero(lambda: is_done(folder) and _result(folder)["suites"] == suites):
         return
     evaluate_bm25(suites, run / "bm25" / "eval")
-    base = stage_sources(recipe, 0, run).retriever.folder
-    retriever = load_retriever(base, stage.encoder, DTYPES[stage.precision], device)
+    source = stage_sources(recipe, 0, run).retriever
+    retriever = load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
     scores = evaluate(retriever, suites, folder / "eval", label="untrained", step=0)
     on_rank_zero(lambda: write_eval_scalars(run, scores, 0))
     on_rank_zero(lambda: finish(folder, {"suites": suites, "scores": scores}))

@@ -29,6 +29,7 @@ OURS = {
     "toolkit.search": ABOVE_MODELS,
     "toolkit.bm25": ABOVE_MODELS,
     "toolkit.prepare": ABOVE_MODELS,
+    "toolkit.prepare_build": ABOVE_MODELS | {"toolkit.prepare"},
     "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare"},
     "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare"},
     "toolkit": {"toolkit"},

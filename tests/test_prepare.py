@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from toolkit import prepare
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
-from toolkit.prepare import ModelSource, build_start, prepare_passages, resolve_model
+from toolkit.prepare import ModelSource, prepare_passages, resolve_model
+from toolkit.prepare_build import build_start
 from toolkit.recipe import BuildModel, BuildStart, BuildTokenizer, Data, FolderStart, HubStart, RecipeError
 
 CODE = "def getHTTPName_v12(self):\r\n\tx = 'é ☃ 中文 \U0001f600 e\u0301'  \n\n    return <|eos|> + \x00None\n"
@@ -30,7 +31,7 @@ def make_data(folder: Path, *rows: object, **source: object) -> Data:
 
 
 def make_build(**tokenizer: object) -> BuildModel:
-    settings = {"vocab_size": 400, "split_identifiers": True} | tokenizer
+    settings = {"vocab_size": 400, "pieces": "identifiers"} | tokenizer
     return BuildModel.model_validate(
         {
             "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_tokens": 64,
@@ -100,10 +101,10 @@ def test_every_rank_gets_the_same_store_or_the_same_error(tmp_path: Path):
 # --------------------------------------------------------------------------- a model from nothing
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_the_tokenizer_gives_every_text_back(split: bool, tmp_path: Path):
+@pytest.mark.parametrize("pieces", ["text", "identifiers"])
+def test_the_tokenizer_gives_every_text_back(pieces: Any, tmp_path: Path):
     texts = [CODE, "def get_name(): return name", "   indented\n\n\n", "", " ", "ẞß ǅ ١٢٣ _"]
-    settings = BuildTokenizer(vocab_size=350, split_identifiers=split)
+    settings = BuildTokenizer(vocab_size=350, pieces=pieces)
     train_tokenizer(settings, iter(texts)).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     for text in texts:
@@ -115,10 +116,18 @@ def test_the_tokenizer_gives_every_text_back(split: bool, tmp_path: Path):
 
 def test_identifiers_are_split_only_if_asked():
     texts = ["getHTTPName_v12"] * 50
-    split = train_tokenizer(BuildTokenizer(vocab_size=400, split_identifiers=True), iter(texts))
+    split = train_tokenizer(BuildTokenizer(vocab_size=400, pieces="identifiers"), iter(texts))
     assert split.tokenize(texts[0], add_special_tokens=False) == ["get", "HTTP", "Name", "_", "v", "12"]
-    whole = train_tokenizer(BuildTokenizer(vocab_size=400, split_identifiers=False), iter(texts))
+    whole = train_tokenizer(BuildTokenizer(vocab_size=400, pieces="text"), iter(texts))
     assert "getHTTPName" in whole.tokenize(texts[0])
+
+
+def test_words_keep_letters_and_digits_alone():
+    texts = ["def getHTTPName_v12(x): -> 'Über'"] * 50
+    words = train_tokenizer(BuildTokenizer(vocab_size=400, pieces="words"), iter(texts))
+    found = words.tokenize(texts[0], add_special_tokens=False)
+    assert found[:5] == ["def", "get", "http", "name", "v12"] and found[5] == "x"
+    assert words.decode(words("HTTPName")["input_ids"], skip_special_tokens=True) == "httpname"
 
 
 def test_a_built_model_loads_and_its_end_token_can_learn(tmp_path: Path):

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from toolkit import prepare_crops as module
 from toolkit.data import stdlib_corpus
+from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import train_tokenizer
 from toolkit.prepare_crops import prepare_crops
 from toolkit.recipe import BuildTokenizer, Data, RecipeError
 
@@ -29,7 +29,7 @@ def make_settings(folder: Path, **changes: Any) -> Data:
 
 
 def save_tokenizer(folder: Path, vocab_size: int, **changes: Any) -> Path:
-    tokenizer = train_tokenizer(BuildTokenizer(vocab_size=vocab_size, split_identifiers=False), iter(["ab ab abc"] * 9))
+    tokenizer = train_tokenizer(BuildTokenizer(vocab_size=vocab_size, pieces="text"), iter(["ab ab abc"] * 9))
     for key, value in changes.items():
         setattr(tokenizer, key, value)
     tokenizer.save_pretrained(folder)

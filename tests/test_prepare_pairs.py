@@ -11,8 +11,8 @@ from toolkit import prepare_pairs as module
 from toolkit.data.pair_records import read_pairs
 from toolkit.data.pairs import PairStore, text_key
 from toolkit.data.tokens import tokenize
+from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import train_tokenizer
 from toolkit.prepare_pairs import prepare_pairs
 from toolkit.recipe import BuildTokenizer, Data, EncoderSettings, RecipeError
 
@@ -22,7 +22,7 @@ ROWS = [{"query": f"query {i}", "positive": f"good {i}", "negative": f"bad {i % 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    settings = BuildTokenizer(vocab_size=300, split_identifiers=False)
+    settings = BuildTokenizer(vocab_size=300, pieces="text")
     train_tokenizer(settings, iter(["query good bad"])).save_pretrained(folder)
     return folder
 
@@ -129,7 +129,7 @@ def test_changed_content_of_equal_size_is_noticed(tmp_path: Path, tokenizer_fold
 def test_whatever_changes_the_ids_makes_another_store(tmp_path: Path, tokenizer_folder: Path):
     folder = write_rows(tmp_path / "in", ROWS)
     data, run = make_data({"folder": str(folder)}), tmp_path / "run"
-    settings = BuildTokenizer(vocab_size=310, split_identifiers=False)
+    settings = BuildTokenizer(vocab_size=310, pieces="text")
     other = tmp_path / "tokenizer"
     train_tokenizer(settings, iter(["query query good good bad bad"] * 9)).save_pretrained(other)
     first = prepare(data, tokenizer_folder, run)

@@ -186,7 +186,9 @@ def random_crops(num_pools: int, pool: int, views: int, seed: int = 0) -> list[C
     def one(t: int) -> CropBatch:
         texts = [[3 + number(VOCABULARY - 3) for _ in range(5 + number(10))] for _ in range(pool)]
         query, *keys = ([view(text) for text in texts] for _ in range(1 + views))
-        return CropBatch(pad(query, 0), pad([row for of_view in keys for row in of_view], 0), torch.arange(pool) * 7 + t)
+        return CropBatch(
+            pad(query, 0), pad([row for of_view in keys for row in of_view], 0), torch.arange(pool) * 7 + t
+        )
 
     return [one(t) for t in range(num_pools)]
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,3 +30,24 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     os.rename(work, folder)
     if old.exists():
         shutil.rmtree(old)
+
+
+def aside(path: Path) -> Path:
+    """A hidden name beside `path` that no other run has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+@contextmanager
+def placing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, unless another run was first; else it goes."""
+    work = aside(folder)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # gone already, if it was renamed

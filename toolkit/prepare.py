@@ -25,11 +25,8 @@ from toolkit.collectives import first_of_any_rank, on_rank_zero, rank
 from toolkit.data import stdlib_corpus
 from toolkit.data.records import fingerprint, read_source
 from toolkit.data.spans import PassageStore, cut, write_store
-from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
 from toolkit.files import replacing_folder
-from toolkit.models.backbone import build_llama, llama_config
 from toolkit.recipe import (
-    BuildModel,
     BuildStart,
     Data,
     FolderStart,
@@ -41,6 +38,7 @@ from toolkit.recipe import (
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other formats live in subfolders
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TOKENIZER_PARTS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -225,14 +223,14 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
     """
 
     def write() -> str:
-        folder = run / "prepared" / f"passages_{_data_digest(data)}"
+        folder = run / "prepared" / f"passages_{data_digest(data)}"
         if not folder.is_dir():
             counts: Counter[str] = Counter()
             groups = [
                 source for source in data.sources if not isinstance(source, StdlibSource) and source.format == "groups"
             ]
             with replacing_folder(folder) as work:
-                write_store(_passages(data, counts), work, "groups" if groups else "documents")
+                write_store(passage_texts(data, counts), work, "groups" if groups else "documents")
                 if not counts["passages"]:
                     raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
             _announce(data, counts, PassageStore.open(folder))
@@ -250,7 +248,7 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
     return on_every_rank(read)
 
 
-def _passages(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]:
+def passage_texts(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]:
     """(passage, number of its document) of all sources; the numbers rise by one."""
     document = -1
     for source in data.sources:
@@ -283,7 +281,7 @@ def _cut(text: str, data: Data) -> list[str]:
     return cut(text, data.passages.unit, data.passages.max_words)
 
 
-def _data_digest(data: Data) -> str:
+def data_digest(data: Data) -> str:
     sources = [
         stdlib_corpus.summary()["digest"] if isinstance(source, StdlibSource) else fingerprint(source)
         for source in data.sources
@@ -305,26 +303,23 @@ def _announce(data: Data, counts: Counter[str], store: PassageStore) -> None:
 # --------------------------------------------------------------------------- a model from nothing
 
 
-def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
-    """A folder with a tokenizer trained on the stage's passages and a small Llama with random weights.
+def tokenizer_digest(folder: Path) -> str:
+    """16 hex digits of the files that make a tokenizer."""
+    files = sorted(path for path in folder.iterdir() if any(path.match(pattern) for pattern in _TOKENIZER_PARTS))
+    hashes = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files if path.is_file()]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
-    Raises:
-        RecipeError: for malformed or empty data, the same on every rank.
-    """
-    store = prepare_passages(data, run)
-    key = json.dumps([build.model_dump(mode="json"), store.digest, seed])
-    folder = run / "prepared" / f"start_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    def write() -> None:
-        if not folder.is_dir():
-            with replacing_folder(folder) as work:
-                tokenizer = train_tokenizer(build.tokenizer, (store.texts([i])[0] for i in range(len(store))))
-                vocabulary = tokenizer.get_vocab()
-                config = llama_config(build.model_dump(), vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
-                # With a padding id the embedding of that token, here the end token, would be zero and never learn.
-                config.pad_token_id = None
-                build_llama(config, seed).save_pretrained(work)  # pyright: ignore[reportCallIssue]
-                tokenizer.save_pretrained(work)
-
-    together(write)
-    return folder
+def document_texts(data: Data, counts: Counter[str]) -> Iterator[str]:
+    """The documents of all sources that hold text, one after another."""
+    for source in data.sources:
+        if isinstance(source, StdlibSource):
+            for _, text in stdlib_corpus.training_files():
+                counts["rows"] += 1
+                if text.strip():
+                    yield text
+                else:
+                    counts["empty"] += 1
+        else:
+            for record in read_source(source, counts):
+                yield record.texts[0]

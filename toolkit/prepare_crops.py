@@ -3,28 +3,23 @@
 Called by training on every rank: rank 0 does the work, and if it fails every rank raises the same RecipeError.
 """
 
-import fnmatch
 import hashlib
 import json
-import os
-import shutil
 import socket
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from toolkit.data import stdlib_corpus
 from toolkit.data.crops import CropStore, write_documents
-from toolkit.data.records import fingerprint, read_source
+from toolkit.data.records import fingerprint
+from toolkit.files import placing_folder
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import on_every_rank, together
+from toolkit.prepare import document_texts, on_every_rank, together, tokenizer_digest
 from toolkit.recipe import Data, RecipeError, StdlibSource
 
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
 def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
@@ -58,8 +53,8 @@ def _write(data: Data, tokenizer_folder: Path, folder: Path) -> None:
     except ValueError as error:
         raise RecipeError(f"start: {error}") from None
     counts: Counter[str] = Counter()
-    with _placing(folder) as work:
-        write_documents(_tokenized(_texts(data, counts), tokenizer), work)
+    with placing_folder(folder) as work:
+        write_documents(_tokenized(document_texts(data, counts), tokenizer), work)
         meta = CropStore.open(work).meta
         if not meta["documents"]:
             raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
@@ -68,37 +63,6 @@ def _write(data: Data, tokenizer_folder: Path, folder: Path) -> None:
         f"{meta['documents']:,} documents, {meta['tokens']:,} tokens, digest {meta['digest']}",
         flush=True,
     )
-
-
-@contextmanager
-def _placing(folder: Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder` when the block ends well, unless another run was first; then it goes."""
-    work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    work.mkdir(parents=True)
-    try:
-        yield work
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # gone already, if it was renamed
-
-
-def _texts(data: Data, counts: Counter[str]) -> Iterator[str]:
-    """The documents of all sources that hold text, one after another."""
-    for source in data.sources:
-        if isinstance(source, StdlibSource):
-            for _, text in stdlib_corpus.training_files():
-                counts["rows"] += 1
-                if text.strip():
-                    yield text
-                else:
-                    counts["empty"] += 1
-        else:
-            for record in read_source(source, counts):
-                yield record.texts[0]
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
@@ -134,10 +98,6 @@ def _digest(data: Data, tokenizer_folder: Path) -> str:
         stdlib_corpus.summary()["digest"] if isinstance(source, StdlibSource) else fingerprint(source)
         for source in data.sources
     ]
-    tokenizer = [
-        [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
-        for path in sorted(tokenizer_folder.iterdir())
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _TOKENIZER_FILES)
-    ]
+    tokenizer = tokenizer_digest(tokenizer_folder)
     settings = data.model_dump(mode="json", include={"sources"})
     return hashlib.sha256(json.dumps([settings, sources, tokenizer]).encode()).hexdigest()[:16]

@@ -6,13 +6,9 @@ Called by training on every rank: rank 0 does the work, and if it fails every ra
 import hashlib
 import json
 import os
-import shutil
 import socket
-import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,12 @@ from toolkit.data.pair_records import PairRecord, PairSource, content_hash, pair
 from toolkit.data.pairs import PairStore, Prefixes, write_pairs
 from toolkit.data.tokens import tokenize
 from toolkit.determinism import generator
+from toolkit.files import aside, placing_folder
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import on_every_rank, together
+from toolkit.prepare import on_every_rank, together, tokenizer_digest
 from toolkit.recipe import Data, EncoderSettings, FolderSource, RecipeError, source_name
 
 _LAYOUT = 1  # of the store; one more makes older caches unread
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 # Keys of a source that do not change what is stored: place and share. Its prefixes are resolved first.
 _NOT_STORED = {"folder", "weight", "query_prefix", "passage_prefix"}
 
@@ -51,7 +47,7 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
         folder = cache / f"pairs_{_key(data, contents, encoder, tokenizer_folder, seed)}"
         if not folder.is_dir():
             counts = [Counter[str]() for _ in data.sources]
-            with _placing(folder) as work:
+            with placing_folder(folder) as work:
                 meta = _write(data, encoder, tokenizer_folder, seed, counts, work)
                 for source, fingerprint in zip(data.sources, fingerprints, strict=True):
                     _check_unchanged(source, fingerprint)
@@ -79,11 +75,7 @@ def _key(data: Data, contents: list[str], encoder: EncoderSettings, tokenizer_fo
     """16 hex digits of everything that decides what is stored."""
     sources = [source.model_dump(mode="json", exclude=_NOT_STORED) for source in data.sources]
     limited = any(source.limit is not None for source in data.sources)
-    tokenizer = [
-        [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
-        for path in sorted(tokenizer_folder.iterdir())
-        if any(fnmatch(path.name, pattern) for pattern in _TOKENIZER_FILES)
-    ]
+    tokenizer = tokenizer_digest(tokenizer_folder)
     parts = [
         _LAYOUT,
         contents,
@@ -106,7 +98,7 @@ def _content(source: PairSource, fingerprint: list[Any], cache: Path) -> str:
         return json.loads(remembered.read_text(encoding="utf-8"))["content"]
     content = content_hash(source)
     _check_unchanged(source, fingerprint)
-    work = _aside(remembered)
+    work = aside(remembered)
     work.write_text(json.dumps({"files": fingerprint, "content": content}) + "\n", encoding="utf-8")
     os.replace(work, remembered)
     return content
@@ -125,27 +117,6 @@ def _prefixes(source: PairSource, encoder: EncoderSettings) -> Prefixes:
 
 
 # --------------------------------------------------------------------------- writing
-
-
-def _aside(path: Path) -> Path:
-    """A name that no other run has."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-@contextmanager
-def _placing(folder: Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder` when the block ends well, unless another run was first; else it goes."""
-    work = _aside(folder)
-    work.mkdir()
-    try:
-        yield work
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # gone already, if it was renamed
 
 
 def _write(

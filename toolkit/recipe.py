@@ -40,8 +40,10 @@ class BuildTokenizer(Section):
     """Byte-level BPE, trained on the stage's own training text."""
 
     vocab_size: Annotated[int, Field(ge=300)] = Field(description="Number of tokens, the two special ones included.")
-    split_identifiers: bool = Field(
-        description="Split words at underscores, changes of case and digits before merging (for source code)."
+    pieces: Literal["text", "identifiers", "words"] = Field(
+        description="What is never merged across: text: words and white space as in GPT-2; identifiers: also "
+        "underscores, changes of case and digits (source code); words: letters and digits alone, in lower case, split "
+        "at changes of case (marks and white space are dropped: texts cannot be had back)."
     )
 
 
@@ -55,6 +57,9 @@ class BuildModel(Section):
     intermediate_size: Positive = Field(description="Width of the feed-forward layer.")
     max_tokens: Positive = Field(description="Longest input in tokens (max_position_embeddings).")
     tie_embeddings: bool = Field(description="Share input embedding and output head.")
+    zero_residual: bool = Field(
+        False, description="Start attention and feed-forward without effect: the model begins as its embeddings alone."
+    )
     tokenizer: BuildTokenizer
 
 

@@ -64,7 +64,7 @@ def _check_starts(at: str, stage: Stage, before: Stage | None) -> Iterator[tuple
         lm_start, reads_lm = objective.language_model.start, f"{at}.objective.language_model.start"
     starts = {f"{at}.start": stage.start, reads_lm: lm_start or stage.start}
     for where, start in starts.items():
-        if isinstance(start, BuildStart) and not isinstance(objective, LanguageModelObjective):
+        if isinstance(start, BuildStart) and not isinstance(objective, LanguageModelObjective | ReContrieverObjective):
             yield (
                 where,
                 f"{objective.name} starts from a trained model; build it in a language_model stage before this one",

@@ -21,8 +21,8 @@ from toolkit.data.crops import (
     write_documents,
 )
 from toolkit.data.tokens import Tokens, frame, pad
+from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.determinism import generator
-from toolkit.prepare import train_tokenizer
 from toolkit.recipe import BuildTokenizer, Crops, RecipeError
 
 FRAME = ([101], [102])
@@ -293,7 +293,7 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_special_ids_are_those_of_the_tokenizer(store: CropStore):
-    llama = train_tokenizer(BuildTokenizer(vocab_size=300, split_identifiers=False), iter(["a b c"]))
+    llama = train_tokenizer(BuildTokenizer(vocab_size=300, pieces="text"), iter(["a b c"]))
     bos, eos = llama.bos_token_id, llama.eos_token_id
     crops = settings(delete=0.5)
     plan = CropPlan(store, crops, 12, seed=14)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from toolkit.data.spans import PassageStore, PoolPlan, collate_language_model, collate_revela, cut, write_store
-from toolkit.prepare import train_tokenizer
+from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.recipe import BuildTokenizer, EncoderSettings, RecipeError
 
 # --------------------------------------------------------------------------- cut
@@ -173,7 +173,7 @@ def test_what_cannot_be_planned_is_said_with_both_numbers(arguments, message):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(BuildTokenizer(vocab_size=300, split_identifiers=False), iter(["some words of text"] * 3))
+    return train_tokenizer(BuildTokenizer(vocab_size=300, pieces="text"), iter(["some words of text"] * 3))
 
 
 def ids(tokens, row: int) -> list[int]:

@@ -226,7 +226,7 @@ def _weight(value: Any, column: str, where: str) -> float:
         weight = float(value) if is_number else math.nan
     except OverflowError:
         weight = math.inf
-    if not 0 < weight < math.inf:
+    if not 1e-38 < weight < 3e38:
         raise RecipeError(
             f"{where}: {column!r} holds {kind_of(value)}, a number above 0 is needed; "
             f"set fields.weight to a column of weights"

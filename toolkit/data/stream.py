@@ -17,7 +17,8 @@ _PATIENCE = 0.1  # seconds between two looks at whether the stream was closed
 
 
 class Plan(Protocol):
-    pools_per_epoch: int | float
+    @property
+    def pools_per_epoch(self) -> float: ...
 
     def pool(self, t: int) -> np.ndarray: ...
 

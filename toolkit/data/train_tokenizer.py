@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from toolkit.recipe import BuildTokenizer
@@ -15,19 +15,27 @@ _IDENTIFIERS = (
     r"| ?[^\s\p{L}\p{M}\p{N}_]+|\s+(?!\S)|\s+"
 )
 
+_CASE_CHANGE = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # camelCase, and before the last of HTTPServer
+
 
 def train_tokenizer(settings: BuildTokenizer, texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts a begin token before every text and gives every text back exactly.
+    """Byte-level BPE that puts a begin token before every text and gives every text back exactly (except `words`).
 
     Special tokens are <|bos|> and <|eos|> (padding too); the same words in a text are ordinary text.
     """
     tokenizer = Tokenizer(models.BPE())
-    if settings.split_identifiers:
-        split = pre_tokenizers.Split(Regex(_IDENTIFIERS), behavior="isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    match settings.pieces:
+        case "text":
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        case "identifiers":
+            split = pre_tokenizers.Split(Regex(_IDENTIFIERS), behavior="isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+        case "words":
+            apart = normalizers.Replace(Regex(_CASE_CHANGE), " ")
+            tokenizer.normalizer = normalizers.Sequence([apart, normalizers.Lowercase()])
+            split = pre_tokenizers.Split(Regex(r"[^\p{L}\p{M}\p{N}]+"), behavior="removed")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,

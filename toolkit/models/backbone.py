@@ -33,7 +33,7 @@ hub_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # causal language models; without their head, retrievers
+CAUSAL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # causal language models; without their head, retrievers
 ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert")  # bidirectional: retrievers only
 POOLING_LAYER = ("bert", "roberta", "xlm-roberta")  # come with a layer on the first token that no retriever reads
 LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "distilbert")  # an embedding per position, so a longest input
@@ -110,7 +110,7 @@ def _check_causal(config: PretrainedConfig, name: str | Path) -> None:
     if config.model_type in ENCODER_TYPES:
         raise ValueError(
             f"{name}: model type {config.model_type!r} reads both ways and predicts no next token, so it can be the "
-            f"retriever only; as the language model name one of type {', '.join(SUPPORTED_TYPES)}"
+            f"retriever only; as the language model name one of type {', '.join(CAUSAL_TYPES)}"
         )
 
 
@@ -138,7 +138,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """The config.json of a folder; raises ValueError unless its model type is supported."""
     with _readable(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    supported = SUPPORTED_TYPES + ENCODER_TYPES
+    supported = CAUSAL_TYPES + ENCODER_TYPES
     if config.model_type not in supported:
         raise ValueError(
             f"{folder}: model type {config.model_type!r} is not supported; use one of {', '.join(supported)}"
@@ -206,11 +206,19 @@ def llama_config(build: dict[str, Any], bos_id: int, eos_id: int, pad_id: int) -
     )
 
 
-def build_llama(config: LlamaConfig, seed: int) -> nn.Module:
-    """A causal language model with random weights, a function of (config, seed) alone."""
+def build_llama(config: LlamaConfig, seed: int, zero_residual: bool) -> nn.Module:
+    """A causal language model with random weights, a function of the arguments alone.
+
+    zero_residual: attention and feed-forward start without effect (their last projections are zero).
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    if zero_residual:
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
+    return model
 
 
 def add_lora(

@@ -21,7 +21,8 @@ from toolkit.export_check import check_export
 from toolkit.models.backbone import DTYPES, load_tokenizer
 from toolkit.objectives import Objective
 from toolkit.objectives.language_model import LanguageModel
-from toolkit.prepare import ModelSource, build_start, resolve_model
+from toolkit.prepare import ModelSource, resolve_model
+from toolkit.prepare_build import build_start
 from toolkit.recipe import (
     BuildStart,
     LanguageModelObjective,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from toolkit.models.backbone import add_lora, on_meta
+from toolkit.models.backbone import add_lora, check_length, on_meta
 from toolkit.recipe import (
     Batch,
     ContrastiveObjective,
@@ -33,6 +33,7 @@ def parameter_counts(
         RecipeError: if the recipe's LoRA targets match no module, or the stage is full fine-tuning of a multi-billion
             model under gradient caching.
     """
+    check_length(encoder, max(stage.encoder.max_tokens, stage.encoder.eval_max_tokens))
     models = {"retriever": (encoder, stage.lora, False)}
     if isinstance(stage.objective, RevelaObjective) and language_model is not None:
         models["language_model"] = (language_model, stage.objective.language_model.lora, True)

@@ -1,0 +1,41 @@
+"""A model from nothing: tokenizer and random weights, cached by digest below <run>/prepared/.
+
+Called by training on every rank; rank 0 does the work, and if it fails every rank raises the same RecipeError.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
+from toolkit.files import replacing_folder
+from toolkit.models.backbone import build_llama, llama_config
+from toolkit.prepare import data_digest, document_texts, passage_texts, together
+from toolkit.recipe import BuildModel, Data
+
+
+def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
+    """A folder with a tokenizer trained on the stage's text and a small Llama with random weights.
+
+    Raises:
+        RecipeError: for malformed or empty data, the same on every rank.
+    """
+    key = json.dumps([build.model_dump(mode="json"), together(lambda: data_digest(data)), seed])
+    folder = run / "prepared" / f"start_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def write() -> None:
+        if not folder.is_dir():
+            with replacing_folder(folder) as work:
+                passages = (text for text, _ in passage_texts(data, Counter()))
+                texts = document_texts(data, Counter()) if data.crops else passages
+                tokenizer = train_tokenizer(build.tokenizer, texts)
+                vocabulary = tokenizer.get_vocab()
+                config = llama_config(build.model_dump(), vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
+                # With a padding id the embedding of that token, here the end token, would be zero and never learn.
+                config.pad_token_id = None
+                build_llama(config, seed, build.zero_residual).save_pretrained(work)  # pyright: ignore[reportCallIssue]
+                tokenizer.save_pretrained(work)
+
+    together(write)
+    return folder
