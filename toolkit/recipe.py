@@ -279,9 +279,9 @@ class FolderSource(SourceSettings):
 
 
 class StdlibSource(SourceSettings):
-    stdlib: Literal["files", "docstrings"] = Field(
-        description="The embedded corpus: files of this Python's standard library without dev and test docstrings, or "
-        "the training docstrings with their code as pairs."
+    stdlib: Literal["files", "docstrings", "names"] = Field(
+        description="The embedded corpus: files of this Python's standard library without dev and test docstrings; or "
+        "as pairs the training docstrings with their code, or names of functions and classes with theirs."
     )
 
 

@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from toolkit.collectives import max_over_ranks
 from toolkit.data.tokens import Tokens
 
+# A slice that holds this share of its budget ends before a row shorter than this share of its longest, which padding
+# would fill up. Slices far below the budget would cost more than that: each is a pass over all layers (at ZeRO-3 maybe a
+# fetch of them).
+ENOUGH_OF_BUDGET, SHORT_ROW = 0.25, 0.8
+
 
 class Slices(NamedTuple):
     """Which rows run together; `rows` None: all at once, their activations kept."""
@@ -47,13 +52,19 @@ def plan_slices(attention_mask: Tensor, forward_rows: int | None, forward_tokens
 
 
 def _by_length(lengths: list[int], budget: int, device: torch.device) -> list[list[int]]:
-    """Rows from the longest to the shortest, cut where a slice would pass the budget; as many slices on every rank."""
+    """Rows from the longest to the shortest, cut where a slice would pass the budget or a row be padded much.
+
+    As many slices on every rank.
+    """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+        if groups:
+            count, longest = len(groups[-1]), lengths[groups[-1][0]]
+            enough = count * longest >= ENOUGH_OF_BUDGET * budget
+            if (count + 1) * longest <= budget and not (enough and lengths[row] < SHORT_ROW * longest):
+                groups[-1].append(row)
+                continue
+        groups.append([row])
     wanted = max_over_ranks(len(groups), device)
     while len(groups) < wanted:  # ranks have as many rows, so there is always a slice of two rows to halve
         _, largest = max((len(group) * lengths[group[0]], i) for i, group in enumerate(groups) if len(group) > 1)

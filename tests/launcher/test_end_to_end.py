@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +22,25 @@ SCALARS = (
     "weight_same_document", "rows_with_gradient", "gain", "in_batch_nll", "plain_nll",
 )  # fmt: skip
 STEPS = 10
+STAGES = ("language_model", "revela", "recontriever", "contrastive")
+METHODS: dict[str, dict[str, Any]] = {  # of the stages after Revela: they continue its adapter
+    "recontriever": {
+        "objective": {
+            "name": "recontriever", "temperature": 0.05, "views": 2, "relevance": "linear",
+            "queue": {"size": 64, "momentum": 0.9},
+        },
+        "data": {"crops": {"chunk_tokens": 48, "min_ratio": 0.1, "max_ratio": 0.5, "delete": 0.1}},
+    },
+    "contrastive": {
+        "objective": {"name": "contrastive", "temperature": 0.1, "learn_temperature": True},
+        "data": {"negatives": 1},
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of two short stages with dropout, a corpus and a collection in BEIR layout to evaluate on."""
+    """A recipe of four short stages with dropout, a corpus and a collection in BEIR layout to evaluate on."""
     root = tmp_path_factory.mktemp("end_to_end")
     source = sorted((REPOSITORY / "toolkit").rglob("*.py"))
     beir = root / "collection"
@@ -34,6 +49,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     queries = [{"_id": f"q{i}", "text": path.stem.replace("_", " ")} for i, path in enumerate(source)]
     (beir / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     (beir / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    pairs = [{"anchor": q["text"], "positive": d["text"]} for q, d in zip(queries, documents, strict=True)]
+    for row, other in zip(pairs, documents[1:] + documents[:1], strict=True):
+        row["negative"] = other["text"]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     judgements = "".join(f"q{i}\td{i}\t1\n" for i in range(len(source)))
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judgements)
     recipe = changed()
@@ -41,6 +60,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stage["data"]["sources"] = [{"folder": str(beir)}]
         stage["eval"]["suites"] = [str(beir)]
         stage["optim"]["steps"], stage["save"] = STEPS, {"every": 2, "keep": 2}
+    revela = recipe["stages"][1]
+    batch = {"pool": 8, "span": "world", "pools_per_step": 2, "forward_tokens": 64}
+    recipe["stages"] += [revela | {"name": name, "batch": batch} | METHODS[name] for name in STAGES[2:]]
+    recipe["stages"][2]["data"] = METHODS["recontriever"]["data"] | {"sources": [{"folder": str(beir)}]}
+    source = {"folder": str(root / "pairs.jsonl"), "format": "pairs"}
+    recipe["stages"][3]["data"] = METHODS["contrastive"]["data"] | {"sources": [source]}
     recipe["stages"][1]["lora"]["dropout"] = recipe["stages"][1]["objective"]["language_model"]["lora"]["dropout"] = 0.1
     (root / "recipe.json").write_text(json.dumps(recipe))
     return root
@@ -65,22 +90,33 @@ def test_a_run_leaves_what_is_promised(whole: Path, work: Path) -> None:
     assert len(list((whole / "stage_1_revela" / "checkpoints").iterdir())) == 2  # keep
     rows = log(whole)
     assert [(row["stage"], row["step"]) for row in rows] == [
-        (stage, step) for stage in ("language_model", "revela") for step in range(1, STEPS + 1)
+        (stage, step) for stage in STAGES for step in range(1, STEPS + 1)
     ]
     board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
     for name in SCALARS:
         points = board.Scalars(f"revela/{name}")
         assert [point.step for point in points] == list(range(STEPS + 1, 2 * STEPS + 1)), name
-        assert [point.value for point in points] == [np.float32(row[name]) for row in rows[STEPS:]], name
-    assert [point.step for point in board.Scalars("eval/collection:test/ndcg_at_10")] == [0, STEPS, 2 * STEPS]
+        assert [point.value for point in points] == [np.float32(row[name]) for row in rows[STEPS : 2 * STEPS]], name
+    for name in (
+        "recontriever/negative_weights",
+        "recontriever/pair_nll",
+        "contrastive/accuracy",
+        "contrastive/padding",
+    ):
+        assert len(board.Scalars(name)) == STEPS, name
+    temperatures = [point.value for point in board.Scalars("contrastive/temperature")]
+    assert temperatures[0] == np.float32(0.1) and temperatures[-1] != temperatures[0]
+    steps = [point.step for point in board.Scalars("eval/collection:test/ndcg_at_10")]
+    assert steps == [STEPS * stage for stage in range(len(STAGES) + 1)]
     report = (whole / "report.md").read_text()
-    for row in ("BM25", "untrained", "after stage 0", "after stage 1"):
+    for row in ("BM25", "untrained", *(f"after stage {index}" for index in range(len(STAGES)))):
         assert row in report and row in (work / "whole.txt").read_text(), row
 
 
-def test_the_export_loads_and_its_check_is_recorded(whole: Path) -> None:
-    export = whole / "stage_1_revela" / "export"
+@pytest.mark.parametrize("stage", ["stage_1_revela", "stage_2_recontriever", "stage_3_contrastive"])
+def test_the_export_loads_and_its_check_is_recorded(whole: Path, stage: str) -> None:
+    export = whole / stage / "export"
     check = json.loads((export / "export.json").read_text())["check"]
     assert set(check["figures"]) == {"query", "passage", "merged_query", "merged_passage"}
     assert all(check["figures"][name] <= check["limits"][name] for name in check["figures"])
@@ -104,13 +140,8 @@ def test_evaluate_alone_gives_the_scores_of_the_run(whole: Path, work: Path) -> 
     assert scores[0] == scores[1] and len(scores[0]["collection:test"]["ndcg_at_10"]) > 20
 
 
-def test_a_killed_run_goes_on_with_the_next_batch(whole: Path, work: Path) -> None:
-    """Kill every process in the Revela stage, start the same command again: equal losses and equal weights."""
-    run = work / "killed"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "stage_1_revela")
-    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
-    (run / "log.jsonl").write_text("".join(lines[:STEPS]))
+def kill_after(lines: int, run: Path, work: Path) -> None:
+    """Start the run and kill all its processes once its log has so many lines."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launcher/run.py"]
     command += [str(work / "recipe.json"), "--output", str(run)]
     with (work / "killed.txt").open("w") as output:
@@ -118,19 +149,35 @@ def test_a_killed_run_goes_on_with_the_next_batch(whole: Path, work: Path) -> No
             command, env=rank_environment(), cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
         )
         deadline = time.monotonic() + 240
-        while len(log(run)) < STEPS + 3 and time.monotonic() < deadline and process.poll() is None:
+        while len(log(run)) < lines and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    reached = len(log(run)) - STEPS
-    assert 3 <= reached < STEPS, (work / "killed.txt").read_text()[-3000:]
+
+
+def test_a_killed_run_goes_on_with_the_next_batch(whole: Path, work: Path) -> None:
+    """Kill every process in two stages, start the same command again: equal losses and equal weights."""
+    run = work / "killed"
+    shutil.copytree(whole, run)
+    for index, stage in enumerate(STAGES[1:], start=1):
+        shutil.rmtree(run / f"stage_{index}_{stage}")
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[:STEPS]))
+    starts = []
+    for stage in (1, 2):  # Revela; ReContriever, whose queue and momentum copy must come back too
+        kill_after(stage * STEPS + 3, run, work)
+        reached = len(log(run)) - stage * STEPS
+        assert 3 <= reached < STEPS, (work / "killed.txt").read_text()[-3000:]
+        starts.append([reached - reached % 2, reached - reached % 2 - 2])  # a save under way may be lost
     again = launch("launcher/run.py", 2, str(work / "recipe.json"), "--output", str(run))
     assert again.returncode == 0, (again.stdout + again.stderr)[-4000:]
-    resumed = [int(line.split()[-1]) for line in again.stdout.splitlines() if "starts at step" in line]
-    assert resumed in ([reached - reached % 2], [reached - reached % 2 - 2]), resumed  # a save under way may be lost
+    said = (work / "killed.txt").read_text() + again.stdout
+    resumed = [int(line.split()[-1]) for line in said.splitlines() if "starts at step" in line]
+    assert resumed[0] in starts[0] and resumed[1] == 0 and resumed[2] in starts[1], (resumed, starts)
     for before, after in zip(log(whole), log(run), strict=True):
         for key in ("stage", "step", "rows", "loss", "grad_norm", "lr"):
             assert before[key] == after[key], (key, before, after)
-    for name in ("adapter_model.safetensors", "merged/model.safetensors"):
-        a, b = (load_file(folder / "stage_1_revela" / "export" / name) for folder in (whole, run))
-        assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a), name
+    for index, stage in enumerate(STAGES[1:], start=1):
+        for name in ("adapter_model.safetensors", "merged/model.safetensors"):
+            a, b = (load_file(folder / f"stage_{index}_{stage}" / "export" / name) for folder in (whole, run))
+            assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a), (stage, name)

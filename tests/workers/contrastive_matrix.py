@@ -38,7 +38,7 @@ CONTROLS = {
 
 def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: None) -> Any:
     objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
-    perturb(objective)  # pyright: ignore[reportArgumentType]
+    perturb(objective, size=0.1)
     if isinstance(objective, ReContriever) and objective.momentum is not None:
         objective.momentum = toolkit.objectives.recontriever.Momentum(objective.encoder, objective.momentum.share)
     return objective

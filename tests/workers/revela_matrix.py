@@ -34,12 +34,12 @@ def on_grid(similarity: torch.Tensor) -> torch.Tensor:
     return scaled + ((similarity * STEPS).round() / GRID - scaled).detach()
 
 
-def perturb(objective: Revela) -> None:
+def perturb(objective: torch.nn.Module, size: float = 0.3) -> None:
     """Adapters start with B = 0, which would hide the gradient of A."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in objective.named_parameters():
         if "lora_B" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
 def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: Path) -> Revela:

@@ -23,6 +23,7 @@ from toolkit.data.records import (
     with_title,
 )
 from toolkit.data.stdlib_corpus import collection, summary
+from toolkit.data.stdlib_names import named_code
 from toolkit.recipe import Fields, FolderSource, HubSource, RecipeError, StdlibSource
 
 PairSource = HubSource | FolderSource | StdlibSource
@@ -54,7 +55,7 @@ def read_pairs(source: PairSource, counts: Counter[str]) -> Iterator[PairRecord]
         RecipeError: for a malformed row (where, what, fix), unknown columns, missing files, no access to the hub.
     """
     if isinstance(source, StdlibSource):
-        return _stdlib_pairs(counts)
+        return _stdlib_pairs(counts) if source.stdlib == "docstrings" else _stdlib_names(counts)
     if isinstance(source, FolderSource) and source.format == "beir":
         return _beir_pairs(source, counts)
     return _row_pairs(source, counts)
@@ -263,3 +264,9 @@ def _stdlib_pairs(counts: Counter[str]) -> Iterator[PairRecord]:
     for query, grades in qrels.items():
         counts["rows"] += 1
         yield PairRecord(queries[query], [documents[document] for document in grades], [], 1.0)
+
+
+def _stdlib_names(counts: Counter[str]) -> Iterator[PairRecord]:
+    for name, code in named_code():
+        counts["rows"] += 1
+        yield PairRecord(name, [code], [], 1.0)

@@ -114,14 +114,15 @@ def _source_files(folder: Path) -> Iterator[tuple[str, str, ast.Module]]:
         try:
             with tokenize.open(path) as file:
                 source = file.read()
-            tree = _parse(source)
+            tree = parse(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue  # not Python of this version, as Python itself finds
         if not MACHINE_MADE.search(source[:600]):
             yield path.relative_to(folder).as_posix(), source, tree
 
 
-def _parse(source: str) -> ast.Module:
+def parse(source: str) -> ast.Module:
+    """The syntax tree of a source text, without warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in the library's own strings are no concern of the user
         return ast.parse(source)

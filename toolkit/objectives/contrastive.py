@@ -11,7 +11,7 @@ from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_m
 from toolkit.data.pairs import PairBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.contrastive import InfoNCE, info_nce
-from toolkit.models.backbone import DTYPES, adapted, load_encoder_backbone
+from toolkit.models.backbone import DTYPES, adapted, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import recompute_layers
@@ -37,8 +37,8 @@ class Contrastive(Objective):
         query, of_queries = encode(self.encoder, batch.query, self.batch)
         document, of_documents = encode(self.encoder, batch.document, self.batch)
         document = document.view(len(query), -1, document.shape[-1])  # [rows, positives + negatives, dim]
-        scale = self.scale()
-        losses = [self.info_nce(query[..., :dim], document[..., :dim], batch, scale) for dim in self.dimensions(query)]
+        scale, sizes = self.scale(), self.settings.matryoshka or [query.shape[-1]]
+        losses = [self.info_nce(query[..., :dim], document[..., :dim], batch, scale) for dim in sizes]
         loss = torch.stack([part.loss for part in losses]).mean(0)
         weight = batch.weight.to(loss.dtype)
         rows = torch.tensor(float(len(query)), device=query.device)
@@ -54,15 +54,6 @@ class Contrastive(Objective):
         if self.log_scale is None:
             return 1 / self.settings.temperature
         return self.log_scale[0].float().exp().clamp(max=1 / LOWEST_TEMPERATURE)
-
-    def dimensions(self, query: Tensor) -> list[int]:
-        """Leading dimensions that have a loss each (Matryoshka); raises ValueError for more than there are."""
-        wanted = self.settings.matryoshka or [query.shape[-1]]
-        if max(wanted) > query.shape[-1]:
-            raise ValueError(
-                f"objective.matryoshka: {max(wanted)} dimensions are more than the model's {query.shape[-1]}"
-            )
-        return wanted
 
     def info_nce(self, query: Tensor, document: Tensor, batch: PairBatch, scale: Tensor | float) -> InfoNCE:
         """Loss of own rows: query [rows, dim], document [rows, slots, dim]."""
@@ -130,5 +121,8 @@ def build_contrastive(
     folder: Path,
     adapter: Path | None,
 ) -> Contrastive:
-    """The objective of a `contrastive` stage, in training mode."""
+    """The objective of a `contrastive` stage, in training mode; raises ValueError if it has too few dimensions."""
+    dim = read_config(folder).hidden_size
+    if settings.matryoshka is not None and max(settings.matryoshka) > dim:
+        raise ValueError(f"objective.matryoshka: {max(settings.matryoshka)} is more than the model's {dim} dimensions")
     return Contrastive(build_encoder(stage, seed, device, folder, adapter), settings, stage.batch).to(device)

@@ -45,7 +45,7 @@ class Momentum:
             average = self.average[name]
             if parameter.shape != average.shape:
                 raise ValueError(f"{name} is not whole at ZeRO stage 3; use stage 2 or a lower lora.rank")
-            average.mul_(self.share).add_(parameter.detach().to(average.dtype), alpha=1 - self.share)
+            average.lerp_(parameter.detach().to(average.dtype), 1 - self.share)  # leaves equal weights as they are
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
