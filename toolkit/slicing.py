@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from toolkit.collectives import max_over_ranks
 from toolkit.data.tokens import Tokens
 
-# A slice that holds this share of its budget ends before a row shorter than this share of its longest, which padding
-# would fill up. Slices far below the budget would cost more than that: each is a pass over all layers (at ZeRO-3 maybe a
-# fetch of them).
+# A slice that holds this share of its budget ends before a row shorter than this share of its longest, which would be
+# padded much. Far smaller slices would cost more than padding: each is a pass over all layers, at ZeRO-3 maybe a fetch.
 ENOUGH_OF_BUDGET, SHORT_ROW = 0.25, 0.8
 
 
