@@ -192,7 +192,8 @@ def test_a_sharded_parameter_is_told_apart(folder: Path) -> None:
         objective.momentum.update()
 
 
-def test_five_optimizer_steps_equal_the_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_five_optimizer_steps_equal_the_plain_loop(tmp_path: Path, smoothing: float) -> None:
     """Momentum, queue and AdamW together against a second encoder and a list of keys, as the method is written."""
     folder = save_model(tmp_path, "bert")
     config = json.loads((folder / "config.json").read_text())
@@ -200,6 +201,7 @@ def test_five_optimizer_steps_equal_the_plain_loop(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     queue = {"size": 48, "momentum": 0.9, "dtype": "fp32"}
     changes = {"encoder__normalize": False, "batch__pools_per_step": 1, "objective__queue": queue}
+    changes["objective__label_smoothing"] = smoothing
     objective = build(folder, "recontriever", batch__forward_tokens=40, **changes)
     assert isinstance(objective, ReContriever) and objective.queue is not None
     reference = ReContrieverReference(objective.settings, objective.queue.keys.clone())

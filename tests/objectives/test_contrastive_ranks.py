@@ -14,7 +14,10 @@ from pairwise import pairwise
 from tiny import save_model
 
 # fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|
-BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6, "queue": 1e-6}
+BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6}
+# Views of one text are nearly parallel: what is left of the gradient after normalisation is small, rounding is not.
+# Keys of the queue: max|a-b| / max|b|; they are vectors of an fp32 model that ran in other slices.
+NEARLY_PARALLEL = BOUNDS | {"gradient": 2e-6, "queue": 2e-6}
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "dense"]}
 PLACEMENT = {
     "zero": [0, 1, 2, 3],
@@ -41,7 +44,7 @@ QUEUE = {"size": 192, "momentum": 0.9, "dtype": "fp32"}
 RECONTRIEVER = {
     "objective": [
         {"queue": QUEUE},
-        {"queue": QUEUE, "relevance": "softmax", "relevance_temperature": 0.5, "label_smoothing": 0.1},
+        {"queue": QUEUE, "relevance": "softmax", "relevance_temperature": 0.5},
         {"queue": None},
         {"queue": None, "clamp_negative": True},
         {"queue": None, "relevance": "none", "label_smoothing": 0.1},
@@ -64,7 +67,7 @@ def as_case(method: str, number: int, factors: dict[str, Any]) -> dict[str, Any]
     changes |= {f"objective__{key}": value for key, value in factors["objective"].items()}
     if method == "recontriever" and (factors["normalize"] or arch == "llama"):
         # Raw scores (the paper's, of BERT) are of both signs here for a llama: shares of their sum magnify rounding.
-        changes |= {"encoder__normalize": True, "objective__temperature": 0.2}
+        changes |= {"encoder__normalize": True, "objective__temperature": 0.5}
     changes |= {f"data__{key}": value for key, value in factors.get("slots", {}).items()}
     return {"method": method, "arch": arch, "seed": number, "changes": changes} | {
         # The momentum copy needs adapters that stay whole, as they do under the product's persistence threshold.
@@ -111,9 +114,11 @@ def controls() -> list[dict[str, Any]]:
     return [*found, in_batch | {"control": "own_slice_backward"}, in_batch | {"control": "no_world_size"}]
 
 
-def exact(answer: dict[str, float]) -> bool:
+def exact(case: dict[str, Any], answer: dict[str, float]) -> bool:
     assert answer["smallest_array"] > 0  # every trainable weight has a gradient to compare
-    return all(answer[figure] <= bound for figure, bound in BOUNDS.items() if figure in answer)
+    bounds = BOUNDS if case["method"] == "contrastive" else NEARLY_PARALLEL
+    assert ("queue" in answer) == case["keep_persistent"]
+    return all(answer[figure] <= bound for figure, bound in bounds.items() if figure in answer)
 
 
 def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str], folder: Path) -> None:
@@ -122,9 +127,9 @@ def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str],
     answers = run_on_ranks("contrastive_matrix.py", world_size, request, folder, timeout=3500)
     assert len(answers) == len(cases) + len(mistakes)
     for mistake, answer in zip(mistakes, answers[len(cases) :], strict=True):
-        assert not exact(answer), f"{mistake['control']} went unnoticed: {answer}"
+        assert not exact(mistake, answer), f"{mistake['control']} went unnoticed: {answer}"
     results = zip(cases, answers[: len(cases)], strict=True)
-    wrong = [(case, answer) for case, answer in results if not exact(answer)]
+    wrong = [(case, answer) for case, answer in results if not exact(case, answer)]
     assert not wrong, f"{len(wrong)} of {len(cases)} cases are off: {wrong[:3]}"
 
 
