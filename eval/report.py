@@ -16,7 +16,7 @@ from eval.significance import Comparison, compare
 from toolkit.files import replace_text
 
 SEED = 0  # of the resampling: the same results give the same report
-WIDTH = 96  # columns that the widest row needs
+WIDTH = 108  # columns that the widest row needs
 TITLES = ("nDCG@10", "Recall@100", "MRR@10")
 HEADER = ("", *TITLES, "difference [95 %]", "p")
 FOOTNOTE = (
@@ -40,7 +40,6 @@ class Section(NamedTuple):
 
 class _Scores(NamedTuple):
     label: str
-    is_bm25: bool
     metrics: dict[str, Any]
     ndcg: dict[str, float]  # query id -> nDCG@10
 
@@ -62,8 +61,7 @@ def write_report(run: Path, rows: list[ReportRow], paths: dict[str, Path], expec
         collections = json.loads((row.eval_folder / "metrics.json").read_text(encoding="utf-8"))
         per_query = json.loads((row.eval_folder / "per_query.json").read_text(encoding="utf-8"))
         for name, metrics in collections["collections"].items():
-            is_bm25 = collections["system"]["kind"] == "bm25"
-            by_collection[name].append(_Scores(row.label, is_bm25, metrics, per_query[name]["ndcg_at_10"]))
+            by_collection[name].append(_Scores(row.label, metrics, per_query[name]["ndcg_at_10"]))
     sections = [_section(name, systems) for name, systems in by_collection.items()]
     curves = plot_curves(run)
     replace_text(run / "report.md", _markdown(run, sections, curves, paths, expectation))
@@ -117,9 +115,8 @@ def _section(name: str, systems: list[_Scores]) -> Section:
         else:
             difference = ["", ""]
         rows.append((system.label, *numbers, *difference))
-    last, earlier = systems[-1], [system for system in systems[:-1] if not system.is_bm25]
-    comparisons = []
-    for system in earlier:
+    last, comparisons = systems[-1], []
+    for system in systems[:-1]:
         change = _compare(name, system, last)
         counts = f"{change.wins} queries better, {change.ties} equal, {change.losses} worse"
         comparisons.append(f"{last.label} against {system.label}: {_interval(change)}, p {_p(change)}; {counts}")

@@ -190,7 +190,7 @@ def report(recipe: Recipe, run: Path) -> None:
     rows = [ReportRow("BM25", run / "bm25" / "eval"), ReportRow("untrained", run / "start" / "eval")]
     folders = [stage_folder(run, recipe, index) for index in range(len(recipe.stages))]
     done = [index for index, folder in enumerate(folders) if is_done(folder)]
-    rows += [ReportRow(f"after stage {index}", folders[index] / "eval") for index in done]
+    rows += [ReportRow(f"after stage {index}: {recipe.stages[index].name}", folders[index] / "eval") for index in done]
     kind = "export" if recipe.stages[done[-1]].lora is None else "adapter"
     paths = {kind: folders[done[-1]] / "export", "TensorBoard": run / "tensorboard", "report": run / "report.md"}
     described = [f"Stage {i}: {stage.description}" for i, stage in enumerate(recipe.stages) if stage.description]

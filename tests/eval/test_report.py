@@ -62,10 +62,10 @@ def test_report(run: Path, capsys):
             assert row[5] == f"{change.p_value:.3f}"
     against = [line for line in lines if " against " in line and line.startswith("- ")]
     assert [line.split(":")[0] for line in against] == [
-        "- after stage 1 against untrained", "- after stage 1 against after stage 0"
+        "- after stage 1 against BM25", "- after stage 1 against untrained", "- after stage 1 against after stage 0"
     ]  # fmt: skip
     change = compare(ndcg(run / "s0"), ndcg(run / "s2"), seed=0)
-    assert f"{change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]" in against[0]
+    assert f"{change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]" in against[1]
     assert "![a](curves/a.png)" in text
     assert f"- adapter: `{run / 'stage_1_b' / 'export'}`" in text
     printed = capsys.readouterr().out
