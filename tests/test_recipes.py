@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.recipe_reference import reference
-from toolkit.recipe import HubStart, RevelaObjective, batch_numbers, load_recipe
+from toolkit.recipe import HubStart, ReContrieverObjective, RevelaObjective, batch_numbers, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(RECIPES.rglob("*.json"))
@@ -25,9 +25,18 @@ def test_a_shipped_recipe_loads_and_fits_one_and_two_ranks(path):
 
 def test_the_shipped_recipes_are_these():
     assert [path.relative_to(RECIPES).as_posix() for path in ALL] == [
+        "contriever_bert_base.json",
+        "crops_compared.json",
+        "fewshot.json",
         "quickstart.json",
+        "recontriever_bert_base.json",
+        "recontriever_further.json",
+        "recontriever_qwen_0.6b.json",
         *(f"revela_{size}.json" for size in ("1b", "3b", "500m", "7b", "code_1b", "code_3b", "code_500m")),
+        "supervised_7b.json",
+        "tiny/contrastive.json",
         "tiny/language_model.json",
+        "tiny/recontriever.json",
         "tiny/revela.json",
     ]
 
@@ -53,6 +62,30 @@ def test_a_paper_recipe_has_the_papers_values(path):
     for word in ("Paper", "authors' code", "Hardware", "Memory: estimate", "Hours:", "Not measured on GPU"):
         assert word in recipe.description
     assert ("EXTRAPOLATED" in recipe.description) == (path.stem == "revela_7b")
+
+
+@pytest.mark.parametrize("name", ["recontriever_bert_base", "contriever_bert_base"])
+def test_the_bert_recipes_have_the_papers_values(name):
+    (stage,) = load_recipe(RECIPES / f"{name}.json").stages
+    objective, crops, optim, paper = stage.objective, stage.data.crops, stage.optim, name.startswith("recontriever")
+    assert isinstance(objective, ReContrieverObjective) and crops is not None and objective.queue is not None
+    assert (objective.views, objective.relevance) == ((4, "linear") if paper else (1, "none"))
+    assert (objective.temperature, objective.label_smoothing, objective.clamp_negative) == (0.05, 0, False)
+    assert (objective.queue.size, objective.queue.momentum) == (131_072, 0.9995)
+    assert (crops.chunk_tokens, crops.min_ratio, crops.max_ratio, crops.delete) == (256, 0.05, 0.5, 0.1)
+    assert crops.across_documents and stage.batch.pool * stage.batch.pools_per_step == 2048
+    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay, optim.clip) == (5e-5, [0.9, 0.98], 1e-6, 0.01, 0)
+    assert (optim.warmup_steps, optim.warmup, optim.schedule, optim.steps) == (
+        20_000,
+        "linear_from_zero",
+        "linear",
+        500_000,
+    )
+    encoder = stage.encoder
+    assert (encoder.pooling, encoder.normalize, encoder.eval_max_tokens) == ("mean", False, 512)
+    assert stage.precision == "fp32" and stage.lora is None
+    for word in ("Hardware", "Memory: estimate", "Hours: estimate", "Not measured on GPU"):
+        assert word in load_recipe(RECIPES / f"{name}.json").description
 
 
 def test_the_reference_is_current_and_names_every_key():

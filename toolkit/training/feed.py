@@ -55,16 +55,16 @@ def open_feed(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Pat
     stage, seed = recipe.stages[index], recipe.seed + index
     match stage.objective:
         case ContrastiveObjective():
-            return _pairs(stage, seed, run, tokenizer, folder)
+            return _pairs(stage, recipe.seed, seed, run, tokenizer, folder)
         case ReContrieverObjective():
             return _crops(stage, stage.objective, seed, run, tokenizer, folder)
         case LanguageModelObjective() | RevelaObjective():
             return _passages(stage, seed, run, _reader(stage, tokenizer, lm))
 
 
-def _pairs(stage: Stage, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
+def _pairs(stage: Stage, limit_seed: int, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
     data = stage.data
-    store = prepare_pairs(data, stage.encoder, folder, run, seed)
+    store = prepare_pairs(data, stage.encoder, folder, run, limit_seed)  # limits of several stages are nested
     weights = [source.weight for source in data.sources if source.weight is not None]
     plan = PairPlan(store.sizes, weights or None, stage.batch.pool, data.mix, seed)
     slots = {"positives": data.positives, "negatives": data.negatives}
