@@ -125,7 +125,7 @@ def main() -> None:
     print(
         f"4 layers, 256 wide, fp32, pool of {args.pool} pairs, slices of {args.forward_rows} texts; KiB that a rank "
         f"sends in a step\n{'ranks':<6}{'zero':>5}{'lora':>6}{''.join(f'{kind:>17}' for kind in KINDS)}{'sum':>9}"
-        f"{'least':>9}{'ratio':>7}{'without weights':>17}  operations"
+        f"{'least':>9}{'ratio':>7}{'without weights':>17}  gradients by"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -146,15 +146,15 @@ def main() -> None:
 
 def row(found: dict[str, Any]) -> str:
     """A line of the table, from `worker`."""
-    kinds, operations = Counter(), {}
+    kinds, used = Counter(), set()
     for kind, operation, sent in found["sent"]:
         kinds[kind] += sent
-        operations.setdefault(kind, set()).add(operation)
+        if kind == "gradients" and sent > 0.01 * found["least"]:
+            used.add(operation)
     total = sum(kinds.values())
-    used = "; ".join(f"{kind}: {' '.join(sorted(operations[kind]))}" for kind in KINDS if kind in operations)
     return (
         f"{''.join(f'{kinds[kind] / 1024:>17.1f}' for kind in KINDS)}{total / 1024:>9.0f}{found['least'] / 1024:>9.0f}"
-        f"{total / found['least']:>7.3f}{(total - kinds['weights']) / found['least']:>17.3f}  {used}"
+        f"{total / found['least']:>7.3f}{(total - kinds['weights']) / found['least']:>17.3f}  {' '.join(sorted(used))}"
     )
 
 
