@@ -78,6 +78,7 @@ def test_ids_are_those_of_tokenize_with_each_source_s_prefixes(tmp_path: Path, t
     tokens = len(store.query.ids) + len(store.document.ids)
     assert said == (
         "data: 12 rows, 1 of them without text; 11 pairs, 11 queries, 14 documents, "
+        "10 hard negatives (data.negatives of a row are used), "
         f"digest {store.digest}, {tokens} tokens\n"
     )
     prepare(data, tokenizer_folder, tmp_path / "run")

@@ -39,7 +39,10 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def placing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder` when the block ends well, unless another run was first; else it goes."""
+    """An empty folder that becomes `folder` when the block ends well, unless another run was first; else it goes.
+
+    A process that is killed leaves it as `.<name>.<32 hex digits>`, for the user to delete.
+    """
     work = aside(folder)
     work.mkdir(parents=True)
     try:

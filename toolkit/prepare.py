@@ -205,6 +205,9 @@ def together(work: Callable[[], Any]) -> Any:
             return [work(), None]
         except RecipeError as error:
             return [None, str(error)]
+        except OSError as error:
+            place = error.filename or "the disk"
+            return [None, f"{place}: cannot be used ({error.strerror}); mend it, or choose another --output"]
 
     result, problem = on_rank_zero(outcome)
     if problem is not None:

@@ -43,6 +43,8 @@ def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
         except FileNotFoundError:
             node = socket.gethostname()
             raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
+        except ValueError as error:
+            raise RecipeError(f"{folder}: is damaged ({error}); delete it, and it is made again") from None
 
     return on_every_rank(read)
 

@@ -63,7 +63,7 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
             node = socket.gethostname()
             raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
         except ValueError as error:
-            raise RecipeError(str(error)) from None
+            raise RecipeError(f"{folder}: is damaged ({error}); delete it, and it is made again") from None
 
     return on_every_rank(read)
 
@@ -169,6 +169,7 @@ def _announce(meta: dict[str, Any], counts: Counter[str]) -> None:
         f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
         + (f"{counts['missing']:,} judged texts are missing; " if counts["missing"] else "")
         + f"{sum(meta['sizes']):,} pairs, {meta['queries']:,} queries, {meta['documents']:,} documents, "
+        f"{meta['hard_negatives']:,} hard negatives (data.negatives of a row are used), "
         f"digest {meta['digest']}, {meta['tokens']:,} tokens",
         flush=True,
     )

@@ -9,6 +9,7 @@ from toolkit.recipe import (
     BuildStart,
     ContrastiveObjective,
     Data,
+    Fields,
     FolderSource,
     HubSource,
     LanguageModelObjective,
@@ -126,6 +127,7 @@ def _check_data(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
         yield f"{at}.interleave", f"{stage.objective.name} deals no passages; remove the key"
     if dealt and data.interleave is None:
         yield f"{at}.interleave", "missing; say how many documents are dealt in turn"
+    yield from _check_sources(at, data)
     yield from _check_pairs(at, data, needed == NEEDED_DATA["contrastive"])
     crops = data.crops
     if (crops is None) == (stage.objective.name == "recontriever"):
@@ -133,6 +135,28 @@ def _check_data(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
         yield f"{at}.crops", fix
     elif crops is not None and crops.min_ratio > crops.max_ratio:
         yield f"{at}.crops.min_ratio", f"is above max_ratio {crops.max_ratio}; lower it"
+
+
+# The fields that each format reads.
+READ_FIELDS = {
+    "documents": {"text", "title"},
+    "passages": {"text", "title", "document"},
+    "groups": {"text"},
+    "pairs": {"text", "title", "query", "positive", "negatives", "weight"},
+    "beir": set(),
+}
+
+
+def _check_sources(at: str, data: Data) -> Iterator[tuple[str, str]]:
+    """Keys of a source that its format does not read."""
+    for number, source in enumerate(data.sources):
+        if isinstance(source, StdlibSource):
+            continue
+        if isinstance(source, FolderSource) and source.format != "beir" and source.split != "train":
+            yield f"{at}.sources.{number}.split", "only format beir has splits; remove the key"
+        for key, field in Fields.model_fields.items():
+            if key not in READ_FIELDS[source.format] and getattr(source.fields, key) != field.default:
+                yield f"{at}.sources.{number}.fields.{key}", f"is not read with format {source.format}; remove the key"
 
 
 def _format(source: HubSource | FolderSource | StdlibSource) -> str:
@@ -168,11 +192,18 @@ def _check_method(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
     if isinstance(objective, ContrastiveObjective):
         if len(set(objective.directions)) < len(objective.directions):
             yield f"{at}.objective.directions", "names a direction twice; name each once"
+        if objective.partition == "joint" and len(objective.directions) == 1:
+            yield f"{at}.objective.partition", "there is one direction; set it to separate"
+        if objective.learn_temperature and objective.temperature < 0.01:
+            yield f"{at}.objective.temperature", "a learned temperature is at least 0.01; raise it"
         if "query_to_document" not in objective.directions:
             yield f"{at}.objective.directions", "lacks query_to_document; add it"
         if objective.matryoshka is not None and len(set(objective.matryoshka)) < len(objective.matryoshka):
             yield f"{at}.objective.matryoshka", "names a dimension twice; name each once"
     if isinstance(objective, ReContrieverObjective):
+        for key in ("query_prefix", "passage_prefix"):
+            if getattr(stage.encoder, key):
+                yield f"{at}.encoder.{key}", 'crops are trained without prefixes; set it to ""'
         softmax = objective.relevance == "softmax"
         if softmax == (objective.relevance_temperature is None):
             fix = "missing; softmax weights need it" if softmax else "only softmax weights have one; remove the key"

@@ -167,7 +167,7 @@ def test_a_row_without_negatives_has_loss_and_gradient_zero() -> None:
     assert bool((found.lse == -math.inf).all()) and bool((found.largest == -math.inf).all())
     assert found.num_negatives is not None and not found.num_negatives.any()
     ce = cross_entropy(positive, found.lse)
-    loss = ce + smoothed(ce, positive, found, found.num_negatives, 0.1)
+    loss = ce + smoothed(ce, positive, found, 0.1)
     assert not loss.any()
     for gradient in torch.autograd.grad(loss.sum(), (rows, columns, scale, positive)):
         assert not gradient.any()
@@ -246,7 +246,7 @@ def test_other_refusals() -> None:
         negatives(rows, columns, scale, row_keys=torch.zeros(ROWS, 1, dtype=torch.int64))
     found = negatives(rows, columns, scale)
     with pytest.raises(ValueError, match="with_mean"):
-        smoothed(found.lse, found.lse, found, torch.ones(ROWS), 0.1)
+        smoothed(found.lse, found.lse, found, 0.1)
     for how, temperature in (("softmax", None), ("cubic", 1.0)):
         with pytest.raises(ValueError, match=f"found {how}"):
             relevance_weights(torch.ones(1, 2), how, temperature, False)  # pyright: ignore[reportArgumentType]
@@ -277,11 +277,11 @@ def test_cross_entropy_and_smoothing_equal_torchs(smoothing: float) -> None:
         gradients = torch.autograd.grad((weight * loss).sum(), (*inputs, positive), retain_graph=True)
         return [loss.detach(), *gradients]
 
-    loss = smoothed(ce, positive, found, found.num_negatives, smoothing)
+    loss = smoothed(ce, positive, found, smoothing)
     assert gap(everything(loss), everything(expected)) < 1e-12
-    more = smoothed(ce, positive, found, found.num_negatives, smoothing + 0.05)
+    more = smoothed(ce, positive, found, smoothing + 0.05)
     assert gap(everything(more), everything(expected)) > 1e-3
-    one = smoothed(ce[:, 0], positive[:, 0], found, found.num_negatives, smoothing)
+    one = smoothed(ce[:, 0], positive[:, 0], found, smoothing)
     assert torch.equal(one, loss[:, 0])
 
 

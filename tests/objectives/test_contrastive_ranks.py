@@ -111,7 +111,9 @@ def controls() -> list[dict[str, Any]]:
     names = ("own_slice_backward", "no_world_size", "mean_of_own_rows")
     found = [as_case("contrastive", 0, factors | {"objective": {}}) | {"control": name} for name in names]
     in_batch = as_case("recontriever", 0, factors | {"objective": {"queue": None}, "normalize": True})
-    return [*found, in_batch | {"control": "own_slice_backward"}, in_batch | {"control": "no_world_size"}]
+    queue = as_case("recontriever", 0, factors | {"objective": {"queue": QUEUE}, "normalize": True})
+    found += [in_batch | {"control": name} for name in names[:2]]
+    return found + [queue | {"control": name} for name in ("keys_of_the_query_encoder", "momentum_stands_still")]
 
 
 def exact(case: dict[str, Any], answer: dict[str, float]) -> bool:
@@ -122,7 +124,7 @@ def exact(case: dict[str, Any], answer: dict[str, float]) -> bool:
 
 
 def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str], folder: Path) -> None:
-    mistakes = controls() if world_size > 1 else []
+    mistakes = controls() if world_size == 2 else []
     request = {"folders": folders, "cases": cases + mistakes}
     answers = run_on_ranks("contrastive_matrix.py", world_size, request, folder, timeout=3500)
     assert len(answers) == len(cases) + len(mistakes)

@@ -3,8 +3,10 @@
 Request: {"folders", "cases"}; answer: per case the errors of the loss, of the whole gradient and of the worst array.
 """
 
+import copy
 import json
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,17 +24,20 @@ import toolkit.training.engine as engines
 from toolkit.collectives import rank, sum_over_ranks, world_size
 from toolkit.objectives import build_objective
 from toolkit.objectives.contrastive import Contrastive
-from toolkit.objectives.recontriever import ReContriever
+from toolkit.objectives.recontriever import Momentum, ReContriever
 from toolkit.recipe import ReContrieverObjective
 from toolkit.training.process_group import start_distributed
 
 NUM_POOLS, POOL, SEED = 4, 8, 3
 CPU = torch.device("cpu")
-# Mistakes that must be seen: name -> (function of both objectives, what stands in for it)
-CONTROLS = {
-    "own_slice_backward": ("gather_with_grad", OwnSlice.apply),
-    "no_world_size": ("pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
-    "mean_of_own_rows": ("pool_mean", lambda own, count, span: own / count),
+MODULES = (toolkit.objectives.contrastive, toolkit.objectives.recontriever)
+# Mistakes that must be seen: name -> (where, which function, what stands in for it)
+CONTROLS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
+    "own_slice_backward": (MODULES, "gather_with_grad", OwnSlice.apply),
+    "no_world_size": (MODULES, "pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
+    "mean_of_own_rows": (MODULES, "pool_mean", lambda own, count, span: own / count),
+    "keys_of_the_query_encoder": ((Momentum,), "in_place", lambda self: nullcontext()),
+    "momentum_stands_still": ((Momentum,), "update", lambda self: None),
 }
 
 
@@ -40,12 +45,15 @@ def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: N
     objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
     perturb(objective, size=0.1)
     if isinstance(objective, ReContriever) and objective.momentum is not None:
-        objective.momentum = toolkit.objectives.recontriever.Momentum(objective.encoder, objective.momentum.share)
+        objective.momentum = Momentum(objective.encoder, objective.momentum.share)
+        random = torch.Generator().manual_seed(7)
+        for average in objective.momentum.average.values():  # as after many steps: another model than the query's
+            average += 0.05 * torch.randn(average.shape, generator=random)
     return objective
 
 
-def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, float]:
-    """Errors of one case: the loss, and the worst gradient array, each as max|a-b| / max|b|."""
+def run_engine(case: dict[str, Any], folders: dict[str, str]) -> tuple[Any, ...]:
+    """Two steps of the engine: what `compare` compares."""
     stage = stage_of(case["method"], **case["changes"], batch__pool=POOL, batch__pools_per_step=NUM_POOLS)
     folder = Path(folders[case["arch"]])
     pools = make_pools(stage, case["seed"])
@@ -71,7 +79,7 @@ def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, float]:
     total = float(sum_over_ranks(torch.stack(losses).mean()) / world_size())
     state = {name: tensor.clone() for name, tensor in engine.module.extra_state().items()}
     engine.destroy()
-    return compare(stage, pools, folder, total, gradients, state)
+    return stage, pools, folder, total, gradients, state
 
 
 def make_pools(stage: Any, seed: int) -> list[Any]:
@@ -92,6 +100,7 @@ def own_batches(stage: Any, pools: list[Any]) -> list[Any]:
 def compare(
     stage: Any, pools: Any, folder: Path, total: float, gradients: Any, state: dict[str, torch.Tensor]
 ) -> dict[str, float]:
+    """Errors of one case: the loss, and the worst gradient array, each as max|a-b| / max|b|."""
     objective = build_perturbed(stage, SEED, CPU, folder, None, None)
     answer: dict[str, float] = {}
     if isinstance(objective, Contrastive):
@@ -99,10 +108,18 @@ def compare(
     else:
         queue = None if objective.queue is None else objective.queue.keys.clone()
         reference = ReContrieverReference(stage.objective, queue)
-        if queue is not None:  # the first step filled the queue
+        key_encoder = objective.encoder
+        if objective.momentum is not None:  # the first step filled the queue and moved the key encoder
+            key_encoder = copy.deepcopy(objective.encoder)
+            averages = objective.momentum.average
             with torch.no_grad():
-                reference.loss(objective.encoder, objective.encoder, pools)
-        expected = reference.loss(objective.encoder, objective.encoder, pools)
+                named = dict(key_encoder.named_parameters())
+                for name, average in averages.items():
+                    named[name].copy_(average)
+                reference.loss(objective.encoder, key_encoder, pools)
+                for name, parameter in objective.encoder.named_parameters():
+                    named[name].lerp_(parameter, 1 - objective.momentum.share)
+        expected = reference.loss(objective.encoder, key_encoder, pools)
         if reference.queue is not None:
             pointer = int(state["queue.pointer"])
             found = torch.cat([state["queue.keys"][pointer:], state["queue.keys"][:pointer]])
@@ -129,12 +146,12 @@ def main() -> None:
     start_distributed()
     answers = []
     for case in request["cases"]:
-        name, stand_in = CONTROLS.get(case.get("control"), ("pool_mean", toolkit.objectives.contrastive.pool_mean))
-        with (
-            mock.patch.object(toolkit.objectives.contrastive, name, stand_in),
-            mock.patch.object(toolkit.objectives.recontriever, name, stand_in),
-        ):
-            answers.append(run_case(case, request["folders"]))
+        places, name, stand_in = CONTROLS.get(case.get("control"), ((), "", None))
+        with ExitStack() as patches:
+            for place in places:
+                patches.enter_context(mock.patch.object(place, name, stand_in))
+            made = run_engine(case, request["folders"])
+        answers.append(compare(*made))
     if rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(answers))
 

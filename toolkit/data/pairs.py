@@ -42,7 +42,7 @@ def text_key(text: str, side: bytes) -> int:
 
 
 class _Texts:
-    """The distinct texts of one side, numbered as they come and tokenised in batches; holds 16 bytes of each text."""
+    """The distinct texts of one side, numbered as they come, tokenised in batches; holds about 125 bytes of each."""
 
     def __init__(self, writer: TokenWriter, side: bytes, encode: Encode) -> None:
         self.keys = array("q")  # of each text, without its prefix
@@ -115,6 +115,7 @@ def write_pairs(
         "sizes": sizes,
         "queries": len(query),
         "documents": len(document),
+        "hard_negatives": negatives.ids,
         "tokens": query.ids + document.ids,
         "examples": examples,
         "digest": digest.hexdigest(),
@@ -141,10 +142,6 @@ class PairStore:
 
     def __len__(self) -> int:
         return len(self.weight)
-
-    def source_of(self, rows: np.ndarray) -> np.ndarray:
-        """Source number of each row: int64 [rows]."""
-        return np.searchsorted(np.cumsum(self.sizes), rows, side="right")
 
 
 # --------------------------------------------------------------------------- the order of training

@@ -210,20 +210,18 @@ def cross_entropy(positive: Tensor, lse: Tensor) -> Tensor:
     return -F.logsigmoid(positive - _per_positive(lse, positive))  # softplus, without F.softplus's cut at 20
 
 
-def smoothed(
-    ce: Tensor, positive: Tensor, found: Negatives, num_negatives: Tensor, smoothing: Tensor | float
-) -> Tensor:
+def smoothed(ce: Tensor, positive: Tensor, found: Negatives, smoothing: Tensor | float) -> Tensor:
     """Label smoothing over the 1 + N classes of a positive and its row's negatives, by F.cross_entropy's convention.
 
     (1 - eps) * ce + eps * mean over the classes of -log p; every -log p is ce + positive - score, so that only the
-    negatives' mean is needed. ce and positive as in `cross_entropy`; num_negatives [R] is found's.
+    negatives' mean is needed. ce and positive as in `cross_entropy`.
 
     Raises:
         ValueError: if `found` was made without `with_mean`.
     """
-    if found.mean is None:
+    if found.mean is None or found.num_negatives is None:
         raise ValueError("smoothed needs negatives(..., with_mean=True)")
-    mean, num_negatives = _per_positive(found.mean, positive), _per_positive(num_negatives, positive)
+    mean, num_negatives = _per_positive(found.mean, positive), _per_positive(found.num_negatives, positive)
     return ce + smoothing * num_negatives / (1 + num_negatives) * (positive - mean)
 
 

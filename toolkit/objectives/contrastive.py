@@ -1,7 +1,7 @@
 """InfoNCE over pairs: a query, its positives and hard negatives, against every document of the global pool."""
 
-import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_m
 from toolkit.data.pairs import PairBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.contrastive import InfoNCE, info_nce
-from toolkit.models.backbone import DTYPES, adapted, load_encoder_backbone, read_config
+from toolkit.models.backbone import DTYPES, adapted, load_encoder_backbone
 from toolkit.models.encoder import Encoder
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import recompute_layers
@@ -22,6 +22,16 @@ LOWEST_TEMPERATURE = 0.01  # of a learned one (CLIP, arXiv 2103.00020)
 NO_KEY = -2  # stands for the query of a hard negative, which is nobody's positive
 
 
+class Pool(NamedTuple):
+    """What own rows are compared with; Q is 0 if no direction reads queries."""
+
+    queries: Tensor  # [Q, dim]
+    documents: Tensor  # [D, dim]
+    query_keys: Tensor  # int64 [rows, a], of own queries and of all their positives
+    all_query_keys: Tensor  # int64 [Q, a]
+    document_keys: Tensor  # int64 [D, 2], of a document and of the query it is a positive of
+
+
 class Contrastive(Objective):
     """Mean loss over the pool's rows, weighted by the rows' weights; own rows against gathered columns."""
 
@@ -30,20 +40,21 @@ class Contrastive(Objective):
         self.encoder = encoder
         self.settings = settings
         self.batch = batch
-        start = torch.tensor([-math.log(settings.temperature)])  # one number in a list: DeepSpeed sends it as bytes
-        self.log_scale = nn.Parameter(start) if settings.learn_temperature else None
+        # Log of the factor on the recipe's 1 / temperature: 0 is exact in bf16, and weight decay leads back to it.
+        self.log_factor = nn.Parameter(torch.zeros(1)) if settings.learn_temperature else None
 
     def forward(self, batch: PairBatch) -> Loss:
         query, of_queries = encode(self.encoder, batch.query, self.batch)
         document, of_documents = encode(self.encoder, batch.document, self.batch)
+        pool = self.pool(query, document, batch)
         document = document.view(len(query), -1, document.shape[-1])  # [rows, positives + negatives, dim]
         scale, sizes = self.scale(), self.settings.matryoshka or [query.shape[-1]]
-        losses = [self.info_nce(query[..., :dim], document[..., :dim], batch, scale) for dim in sizes]
-        loss = torch.stack([part.loss for part in losses]).mean(0)
+        losses = {size: self.info_nce(size, query, document, pool, batch, scale) for size in sizes}
+        loss = torch.stack([part.loss for part in losses.values()]).mean(0)
         weight = batch.weight.to(loss.dtype)
         rows = torch.tensor(float(len(query)), device=query.device)
         parts = {
-            "accuracy": (losses[0].correct.float().sum(), rows),
+            "accuracy": (losses[max(sizes)].correct.float().sum(), rows),
             "temperature": (1 / torch.as_tensor(scale, device=query.device).detach(), torch.ones_like(rows)),
             "padding": padding([of_queries, of_documents], query.device),
         }
@@ -51,36 +62,51 @@ class Contrastive(Objective):
 
     def scale(self) -> Tensor | float:
         """1 / temperature."""
-        if self.log_scale is None:
+        if self.log_factor is None:
             return 1 / self.settings.temperature
-        return self.log_scale[0].float().exp().clamp(max=1 / LOWEST_TEMPERATURE)
+        scale = self.log_factor[0].float().exp() / self.settings.temperature
+        value = scale.detach()  # a clamp alone would give no gradient, and so no way back
+        return value.clamp(max=1 / LOWEST_TEMPERATURE) + (scale - value)
 
-    def info_nce(self, query: Tensor, document: Tensor, batch: PairBatch, scale: Tensor | float) -> InfoNCE:
-        """Loss of own rows: query [rows, dim], document [rows, slots, dim]."""
-        settings = self.settings
-        if self.encoder.normalize and settings.matryoshka is not None:
-            query, document = F.normalize(query, dim=-1), F.normalize(document, dim=-1)
-        num_positives = batch.positive_key.shape[1]
-        all_documents = self.of_pool(document.flatten(0, 1))
-        reads_queries = {"document_to_query", "query_to_query"} & set(settings.directions)
+    def pool(self, query: Tensor, document: Tensor, batch: PairBatch) -> Pool:
+        """Vectors and keys of the whole pool; gathered once, whatever the number of sizes and directions."""
         own_keys = torch.where(batch.known_key < 0, batch.query_key[:, None], batch.known_key)
-        query_keys = torch.cat([batch.query_key[:, None], own_keys], 1)
         document_key = torch.cat([batch.positive_key, batch.negative_key], 1)
         owner = batch.query_key[:, None].expand_as(document_key).clone()
-        owner[:, num_positives:] = NO_KEY
+        owner[:, batch.positive_key.shape[1] :] = NO_KEY
         document_keys = self.keys_of_pool(torch.stack([document_key, owner], -1).flatten(0, 1))
+        query_keys = torch.cat([batch.query_key[:, None], own_keys], 1)
+        if {"document_to_query", "query_to_query"} & set(self.settings.directions):
+            queries, all_query_keys = self.of_pool(query), self.keys_of_pool(query_keys)
+        else:  # only documents are compared with: known positives that are not among them can go
+            queries, all_query_keys = query[:0], query_keys[:0]
+            found = torch.isin(query_keys, document_keys)
+            order = found.int().argsort(dim=1, descending=True, stable=True)
+            most = max(1, int(found.sum(1).max()))
+            query_keys = torch.where(found, query_keys, batch.query_key[:, None]).gather(1, order)[:, :most]
+        return Pool(queries, self.of_pool(document), query_keys, all_query_keys, document_keys)
+
+    def info_nce(
+        self, size: int, query: Tensor, document: Tensor, pool: Pool, batch: PairBatch, scale: Tensor | float
+    ) -> InfoNCE:
+        """Loss of own rows on the first `size` dimensions: query [rows, dim], document [rows, slots, dim]."""
+        settings, sides = self.settings, (query, document, pool.queries, pool.documents)
+        if settings.matryoshka is not None:
+            sides = [side[..., :size] for side in sides]
+            sides = [F.normalize(side, dim=-1) for side in sides] if self.encoder.normalize else sides
+        query, document, queries, documents = sides
         return info_nce(
             query,
-            document[:, :num_positives],
+            document[:, : batch.positive_key.shape[1]],
             batch.positive_key >= 0,
-            self.of_pool(query) if reads_queries else query[:0],
-            all_documents,
-            query_keys,
-            self.keys_of_pool(query_keys) if reads_queries else query_keys[:0],
+            queries,
+            documents,
+            pool.query_keys,
+            pool.all_query_keys,
             batch.positive_key[..., None],
-            document_keys,
+            pool.document_keys,
             scale,
-            absent=document_keys[:, 0] < 0,
+            absent=pool.document_keys[:, 0] < 0,
             directions=tuple(settings.directions),
             partition=settings.partition,
             margin=settings.false_negative_margin,
@@ -121,8 +147,5 @@ def build_contrastive(
     folder: Path,
     adapter: Path | None,
 ) -> Contrastive:
-    """The objective of a `contrastive` stage, in training mode; raises ValueError if it has too few dimensions."""
-    dim = read_config(folder).hidden_size
-    if settings.matryoshka is not None and max(settings.matryoshka) > dim:
-        raise ValueError(f"objective.matryoshka: {max(settings.matryoshka)} is more than the model's {dim} dimensions")
+    """The objective of a `contrastive` stage, in training mode."""
     return Contrastive(build_encoder(stage, seed, device, folder, adapter), settings, stage.batch).to(device)

@@ -125,14 +125,14 @@ class ReContriever(Objective):
         positive = scores / self.settings.temperature
         ce = cross_entropy(positive, found.lse)  # [rows, views]: all views of a row share its negatives
         if self.settings.label_smoothing:
-            assert found.num_negatives is not None
-            ce = smoothed(ce, positive, found, found.num_negatives, self.settings.label_smoothing)
+            ce = smoothed(ce, positive, found, self.settings.label_smoothing)
         pairs = torch.tensor(float(ce.numel()), device=query.device)
         beaten = scores.detach() > found.largest[:, None]
         parts = {
             "pair_nll": (ce.detach().sum(), pairs),
             "accuracy": (beaten.float().sum(), pairs),
             "negative_weights": ((weights < 0).float().sum(), pairs),
+            "std_weights": (weights.std(1, correction=0).mean(), torch.ones_like(pairs)),
             "std_query": (_spread(query.detach()), torch.ones_like(pairs)),
             "std_key": (_spread(key.detach().flatten(0, 1)), torch.ones_like(pairs)),
             "padding": padding([of_queries, of_keys], query.device),
@@ -159,7 +159,7 @@ class ReContriever(Objective):
         if self.queue is None or self.momentum is None:
             return
         self.momentum.update()
-        own = torch.stack(self._new_keys)  # [forwards, views, rows, dim]
+        own = torch.stack(self._new_keys).to(self.queue.keys.dtype)  # [forwards, views, rows, dim]
         self._new_keys.clear()
         ranks = world_size()
         keys = gather(own).view(ranks, *own.shape)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from toolkit.data.crops import CropPlan, collate_crops
+from toolkit.collectives import rank
+from toolkit.data.crops import SHORTEST_DOCUMENT, CropPlan, collate_crops
 from toolkit.data.pairs import PairPlan, collate_pairs
 from toolkit.data.spans import PoolPlan, collate_language_model, collate_revela
 from toolkit.data.stream import Collate, Plan
@@ -23,6 +24,7 @@ from toolkit.recipe import (
     ContrastiveObjective,
     LanguageModelObjective,
     Recipe,
+    RecipeError,
     ReContrieverObjective,
     RevelaObjective,
     Stage,
@@ -52,6 +54,14 @@ def open_feed(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Pat
     Raises:
         RecipeError: for data that is malformed, empty or too small, the same on every rank.
     """
+    try:
+        return _open(recipe, index, run, tokenizer, folder, lm)
+    except RecipeError as error:
+        at_a_key = str(error).startswith(("data.", "batch.", "encoder.", "objective."))
+        raise RecipeError(f"stages.{index}.{error}" if at_a_key else str(error)) from None
+
+
+def _open(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Path, lm: ModelSource | None) -> Feed:
     stage, seed = recipe.stages[index], recipe.seed + index
     match stage.objective:
         case ContrastiveObjective():
@@ -81,10 +91,25 @@ def _crops(stage: Stage, objective: ReContrieverObjective, seed: int, run: Path,
     assert crops is not None  # the recipe demands it
     store = prepare_crops(stage.data, folder, run)
     plan = CropPlan(store, crops, stage.batch.pool, seed)
+    special = frame(tokenizer, stage.encoder.append_eos)
+    longest = int(crops.chunk_tokens * crops.max_ratio) + sum(map(len, special))
+    if longest > stage.encoder.max_tokens:
+        raise RecipeError(
+            f"encoder.max_tokens: {stage.encoder.max_tokens} is below the longest crop with its special tokens "
+            f"({longest}); raise it, or lower data.crops.max_ratio"
+        )
+    of_an_epoch = objective.views * plan.pools_per_epoch * stage.batch.pool
+    if objective.queue is not None and objective.queue.size > of_an_epoch:
+        raise RecipeError(
+            f"objective.queue.size: {objective.queue.size} keys are more than an epoch's {of_an_epoch}, so that texts "
+            "would meet their own old keys as negatives; lower it, or set objective.queue to null"
+        )
+    if plan.left_out and rank() == 0:
+        print(f"data: {plan.left_out:,} documents under {SHORTEST_DOCUMENT} tokens are left out", flush=True)
     settings = {
         "views": objective.views,
         "crops": crops,
-        "frame": frame(tokenizer, stage.encoder.append_eos),
+        "frame": special,
         "seed": seed,
         "pad_id": pad_id(tokenizer),
         "max_tokens": stage.encoder.max_tokens,

@@ -34,6 +34,14 @@ def parameter_counts(
             model under gradient caching.
     """
     check_length(encoder, max(stage.encoder.max_tokens, stage.encoder.eval_max_tokens))
+    if (
+        isinstance(stage.objective, ContrastiveObjective)
+        and max(stage.objective.matryoshka or [0]) > encoder.hidden_size
+    ):
+        raise RecipeError(
+            f"stage {stage.name}: objective.matryoshka: {max(stage.objective.matryoshka or [0])} is more than the "
+            f"model's {encoder.hidden_size} dimensions; remove it"
+        )
     models = {"retriever": (encoder, stage.lora, False)}
     if isinstance(stage.objective, RevelaObjective) and language_model is not None:
         models["language_model"] = (language_model, stage.objective.language_model.lora, True)

@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 import toolkit.slicing
 from toolkit.data.pairs import PairBatch
+from toolkit.models.backbone import read_config
 from toolkit.objectives import Objective, build_objective
 from toolkit.objectives.contrastive import Contrastive
 from toolkit.objectives.recontriever import ReContriever
-from toolkit.recipe import ContrastiveObjective, ReContrieverObjective
+from toolkit.recipe import ContrastiveObjective, RecipeError, ReContrieverObjective
+from toolkit.training.numbers import parameter_counts
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +101,21 @@ def test_a_rows_weight_counts(folder: Path) -> None:
 
 def test_a_learned_temperature_moves_and_stays_above_its_floor(folder: Path) -> None:
     objective = build(folder, "contrastive", objective__learn_temperature=True)
-    assert isinstance(objective, Contrastive) and objective.log_scale is not None
+    assert isinstance(objective, Contrastive) and objective.log_factor is not None
     before = float(objective.scale())
     assert before == pytest.approx(1 / 0.2)
     gradients(objective, random_pairs(1, 8, 1, 0)[0])
-    assert objective.log_scale.grad is not None and float(objective.log_scale.grad.abs()) > 0
-    objective.log_scale.data.fill_(20.0)
+    assert objective.log_factor.grad is not None and float(objective.log_factor.grad.abs()) > 0
+    objective.log_factor.data.fill_(20.0)
     assert float(objective.scale()) == pytest.approx(100)
+    gradients(objective, random_pairs(1, 8, 1, 0)[0])
+    assert float(objective.log_factor.grad.abs()) > 0  # there is a way back from the floor
 
 
 def test_more_dimensions_than_the_model_has_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"objective\.matryoshka: 64 is more than the model's 32 dimensions"):
-        build(folder, "contrastive", objective__matryoshka=[64])
+    stage = stage_of("contrastive", lora=None, objective__matryoshka=[64, 8])
+    with pytest.raises(RecipeError, match=r"objective\.matryoshka: 64 is more than the model's 32 dimensions"):
+        parameter_counts(stage, read_config(folder), None)
 
 
 def test_accuracy_and_padding_are_logged(folder: Path) -> None:
