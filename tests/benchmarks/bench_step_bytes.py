@@ -1,6 +1,6 @@
 """Bytes that a contrastive training step sends, by kind, beside the least it has to; prints one table. Not a test.
 
-python tests/benchmarks/bench_step_bytes.py [--ranks 2,4] [--pool 64] [--forward-rows 8]
+PYTHONPATH=tests python tests/benchmarks/bench_step_bytes.py [--ranks 2,4] [--pool 64] [--forward-rows 8]
 
 The small Llama of steps.py, span world, in slices; all its weights or LoRA. Counted is what each rank sends in the
 third step, by the best algorithm of every collective: (W - 1) / W of the whole tensor, twice that for an all-reduce.
