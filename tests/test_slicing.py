@@ -155,3 +155,13 @@ def test_every_rank_gets_as_many_slices(monkeypatch: pytest.MonkeyPatch) -> None
     agreed = plan_slices(mask, None, 40).rows
     assert alone is not None and agreed is not None and len(alone) < len(agreed) == 9
     assert sorted(torch.cat(agreed).tolist()) == list(range(len(LENGTHS)))
+
+
+def test_a_full_slice_ends_before_much_shorter_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = ragged([100] * 5 + [10] * 50).attention_mask
+    slices = plan_slices(mask, None, 1000)
+    assert slices.rows is not None
+    assert (slices.lengths, [len(rows) for rows in slices.rows]) == ([100, 10], [5, 50])
+    assert slices.num_padded == slices.num_tokens
+    monkeypatch.setattr(toolkit.slicing, "ENOUGH_OF_BUDGET", 2)  # only a budget that is used up ends a slice
+    assert plan_slices(mask, None, 1000).num_padded > slices.num_padded

@@ -114,7 +114,7 @@ def rows_of(batch: Any, first: int, last: int) -> Any:
 
 METHODS: dict[str, dict[str, Any]] = {
     "contrastive": {
-        "objective": {"name": "contrastive", "temperature": 0.2},
+        "objective": {"name": "contrastive", "temperature": 0.5},
         "data": {"sources": [{"folder": "unused", "format": "pairs"}]},
     },
     "recontriever": {
