@@ -67,7 +67,9 @@ def test_paper_recipes_resolve(path: Path, folders: dict[str, Path], monkeypatch
     )
     numbers = {key: value.strip() for key, value in numbers.items()}
     assert numbers["language model parameters"].startswith("1,")
-    assert numbers["slices"] == "none: all activations are kept" and numbers["steps"].startswith(str(stage["optim"]["steps"]))
+    assert numbers["slices"] == "none: all activations are kept" and numbers["steps"].startswith(
+        str(stage["optim"]["steps"])
+    )
     total = int(numbers["retriever parameters"].replace(",", ""))
     trainable = int(numbers["retriever trainable"].replace(",", ""))
     assert total - trainable == PARAMETERS[model]
