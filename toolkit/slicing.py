@@ -28,7 +28,8 @@ class Slices(NamedTuple):
 
 
 def plan_slices(attention_mask: Tensor, forward_rows: int | None, forward_tokens: int | None) -> Slices:
-    """Slices of right-padded rows: `forward_rows` in order, or about `forward_tokens` padded tokens sorted by length.
+    """Slices of right-padded rows: `forward_rows` in order, as wide as they came, or about `forward_tokens` padded
+    tokens sorted by length, as wide as their longest.
 
     Every rank gets the same number of slices, as ZeRO-3 needs, so every rank calls it with as many rows. Slices decide
     memory and speed, never the result. A row longer than `forward_tokens` runs alone.
@@ -41,11 +42,12 @@ def plan_slices(attention_mask: Tensor, forward_rows: int | None, forward_tokens
     width, device = attention_mask.shape[1], attention_mask.device
     if forward_tokens is not None:
         groups = _by_length(lengths, forward_tokens, device)
+        longest = [max(1, *(lengths[row] for row in group)) for group in groups]
     elif forward_rows is not None:
         groups = [list(range(i, min(i + forward_rows, len(lengths)))) for i in range(0, len(lengths), forward_rows)]
+        longest = [width] * len(groups)
     else:
         return Slices(None, [width], sum(lengths), width * len(lengths))
-    longest = [max(1, *(lengths[row] for row in group)) for group in groups]
     padded = sum(len(group) * length for group, length in zip(groups, longest, strict=True))
     return Slices([torch.tensor(group, device=device) for group in groups], longest, sum(lengths), padded)
 
