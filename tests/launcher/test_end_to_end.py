@@ -21,7 +21,7 @@ SCALARS = (
     "loss", "lr", "grad_norm", "tokens_per_s", "rows_per_s", "peak_memory_gib", "data_wait", "row_entropy",
     "weight_same_document", "rows_with_gradient", "gain", "in_batch_nll", "plain_nll",
 )  # fmt: skip
-STEPS = 10
+STEPS = 14
 STAGES = ("language_model", "revela", "recontriever", "contrastive")
 METHODS: dict[str, dict[str, Any]] = {  # of the stages after Revela: they continue its adapter
     "recontriever": {

@@ -13,11 +13,10 @@ from distributed import run_on_ranks
 from pairwise import pairwise
 from tiny import save_model
 
-# fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|
-BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6}
-# Views of one text are nearly parallel: what is left of the gradient after normalisation is small, rounding is not.
-# Keys of the queue: max|a-b| / max|b|; they are vectors of an fp32 model that ran in other slices.
-NEARLY_PARALLEL = BOUNDS | {"gradient": 2e-6, "queue": 2e-6}
+# fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|, and the
+# queue's keys the same. Seen: 2e-7, 1e-6, 4e-6, 1e-6; rounding depends on the CPU (see test_revela_ranks.py), so twice
+# that is allowed. The smallest known mistake is far above in every figure.
+BOUNDS = {"loss": 1e-6, "gradient": 2e-6, "worst_array": 1e-5, "queue": 2e-6}
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "dense"]}
 PLACEMENT = {
     "zero": [0, 1, 2, 3],
@@ -120,9 +119,8 @@ def controls() -> list[dict[str, Any]]:
 
 def exact(case: dict[str, Any], answer: dict[str, float]) -> bool:
     assert answer["smallest_array"] > 0  # every trainable weight has a gradient to compare
-    bounds = BOUNDS if case["method"] == "contrastive" else NEARLY_PARALLEL
     assert ("queue" in answer) == case["keep_persistent"]
-    return all(answer[figure] <= bound for figure, bound in bounds.items() if figure in answer)
+    return all(answer[figure] <= bound for figure, bound in BOUNDS.items() if figure in answer)
 
 
 def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str], folder: Path) -> None:

@@ -12,8 +12,10 @@ from distributed import run_on_ranks
 from pairwise import pairwise
 from tiny import save_model
 
-# fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|
-BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6}
+# fp32 against fp32: relative loss, norm of the whole gradient's error, worst single array's max|a-b| / max|b|.
+# Rounding depends on the CPU: the same code gave at most 7e-7 and 3e-6 on one type, 1.4e-6 and 5.5e-6 on another; the
+# smallest known mistake gives more than 1e-2.
+BOUNDS = {"loss": 1e-6, "gradient": 2e-6, "worst_array": 1e-5}
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]}
 PLACEMENT = {
     "zero": [0, 1, 2, 3],
