@@ -1,5 +1,7 @@
 """Joining the process group, under a launcher or alone. Called once by the launcher and by test workers."""
 
+import fcntl
+import glob
 import os
 import socket
 import time
@@ -11,9 +13,9 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from toolkit.collectives import PATIENCE
-from toolkit.recipe import RecipeError
 
-LONGEST_COMPILE_SECONDS = 600
+LONGEST_COMPILE_SECONDS = 120
+"""How long a lock is left alone that no process of this machine holds: one of another machine may, in a shared home."""
 
 
 def start_distributed() -> torch.device:
@@ -23,7 +25,7 @@ def start_distributed() -> torch.device:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = _free_port()
     if not cuda:
-        check_compiler_locks()
+        clear_compiler_locks()
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)
     if not cuda:
         return torch.device("cpu")
@@ -32,17 +34,31 @@ def start_distributed() -> torch.device:
     return device
 
 
-def check_compiler_locks() -> None:
-    """A killed compile of a DeepSpeed operation leaves a lock on which every later run would wait for ever.
+def clear_compiler_locks() -> None:
+    """Remove the locks of killed compiles of DeepSpeed's operations: every later run would wait on them for ever.
 
-    Raises:
-        RecipeError: naming a lock that is older than any compile takes.
+    torch keeps the lock's file open while it compiles, so a lock that no process has open was left behind. Waits for
+    one that is younger than LONGEST_COMPILE_SECONDS to be taken away by its owner.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        with suppress(FileNotFoundError):  # another rank's compile may end at this moment
-            if time.time() - lock.stat().st_mtime > LONGEST_COMPILE_SECONDS:
-                raise RecipeError(f"{lock}: was left behind by a compile that was killed; remove this file")
+        while _left_behind(lock):
+            with (root / "clearing").open("a") as ours:  # one at a time: not the lock of who came before
+                fcntl.flock(ours, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):  # its owner was faster
+                    if _left_behind(lock) and time.time() - lock.stat().st_mtime > LONGEST_COMPILE_SECONDS:
+                        lock.unlink()
+            time.sleep(0.2)
+
+
+def _left_behind(lock: Path) -> bool:
+    """Whether the file exists and no process that this user may look into has it open."""
+    real = os.path.realpath(lock)
+    for opened in glob.iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):  # the process has ended, or is another user's
+            if os.readlink(opened) == real:
+                return False
+    return lock.exists()
 
 
 def _free_port() -> str:
