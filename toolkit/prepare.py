@@ -9,7 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -40,6 +40,9 @@ NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other format
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER_PARTS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+Store = TypeVar("Store")
 
 
 class ModelSource(NamedTuple):
@@ -215,6 +218,21 @@ def together(work: Callable[[], Any]) -> Any:
     return result
 
 
+def open_everywhere(folder: Path, open_store: Callable[[Path], Store]) -> Store:
+    """What rank 0 stored, opened by each rank; a folder that one of them lacks or cannot read is told by all."""
+
+    def read() -> Store:
+        try:
+            return open_store(folder)
+        except FileNotFoundError:
+            node = socket.gethostname()
+            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
+        except ValueError as error:
+            raise RecipeError(f"{folder}: is damaged ({error}); delete it, and it is made again") from None
+
+    return on_every_rank(read)
+
+
 # --------------------------------------------------------------------------- passages
 
 
@@ -239,16 +257,7 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
             _announce(data, counts, PassageStore.open(folder))
         return str(folder)
 
-    folder = Path(together(write))
-
-    def read() -> PassageStore:
-        try:
-            return PassageStore.open(folder)
-        except FileNotFoundError:
-            node = socket.gethostname()
-            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
-
-    return on_every_rank(read)
+    return open_everywhere(Path(together(write)), PassageStore.open)
 
 
 def passage_texts(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]:

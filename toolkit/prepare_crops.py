@@ -5,7 +5,6 @@ Called by training on every rank: rank 0 does the work, and if it fails every ra
 
 import hashlib
 import json
-import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from toolkit.data.crops import CropStore, write_documents
 from toolkit.data.records import fingerprint
 from toolkit.files import placing_folder
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import document_texts, on_every_rank, together, tokenizer_digest
+from toolkit.prepare import document_texts, open_everywhere, together, tokenizer_digest
 from toolkit.recipe import Data, RecipeError, StdlibSource
 
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
@@ -35,18 +34,7 @@ def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
             _write(data, tokenizer_folder, folder)
         return str(folder)
 
-    folder = Path(together(write))
-
-    def read() -> CropStore:
-        try:
-            return CropStore.open(folder)
-        except FileNotFoundError:
-            node = socket.gethostname()
-            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
-        except ValueError as error:
-            raise RecipeError(f"{folder}: is damaged ({error}); delete it, and it is made again") from None
-
-    return on_every_rank(read)
+    return open_everywhere(Path(together(write)), CropStore.open)
 
 
 def _write(data: Data, tokenizer_folder: Path, folder: Path) -> None:

@@ -6,7 +6,6 @@ Called by training on every rank: rank 0 does the work, and if it fails every ra
 import hashlib
 import json
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from toolkit.data.tokens import tokenize
 from toolkit.determinism import generator
 from toolkit.files import aside, placing_folder
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import on_every_rank, together, tokenizer_digest
+from toolkit.prepare import open_everywhere, together, tokenizer_digest
 from toolkit.recipe import Data, EncoderSettings, FolderSource, RecipeError, source_name
 
 _LAYOUT = 1  # of the store; one more makes older caches unread
@@ -54,18 +53,7 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
             _announce(meta, sum(counts, Counter()))
         return str(folder)
 
-    folder = Path(together(write))
-
-    def read() -> PairStore:
-        try:
-            return PairStore(folder)
-        except FileNotFoundError:
-            node = socket.gethostname()
-            raise RecipeError(f"{folder} is not on {node}; put the run folder on a disk that all nodes share") from None
-        except ValueError as error:
-            raise RecipeError(f"{folder}: is damaged ({error}); delete it, and it is made again") from None
-
-    return on_every_rank(read)
+    return open_everywhere(Path(together(write)), PairStore)
 
 
 # --------------------------------------------------------------------------- the key of the cache

@@ -96,17 +96,20 @@ def in_slices(fn: Callable[..., Any], slices: Slices, *inputs: Any) -> Any:
         return fn(*inputs)
     outputs = []
     for rows, length in zip(slices.rows, slices.lengths, strict=True):
-        part = [_rows(x, rows, length) for x in inputs]
-        outputs.append(checkpoint(fn, *part, use_reentrant=False, preserve_rng_state=True))
+        part = [x if isinstance(x, Tokens) else _rows(x, rows) for x in inputs]
+        outputs.append(checkpoint(_of_rows, fn, rows, length, *part, use_reentrant=False, preserve_rng_state=True))
     back = torch.cat(slices.rows).argsort()
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs)[back]
     return type(outputs[0])(*(torch.cat(column)[back] for column in zip(*outputs, strict=True)))
 
 
-def _rows(x: Any, rows: Tensor, length: int) -> Any:
-    if isinstance(x, Tokens):
-        return Tokens(*(t[rows, :length] for t in x))
+def _of_rows(fn: Callable[..., Any], rows: Tensor, length: int, *part: Any) -> Any:
+    """Texts are cut here, inside the checkpoint, which else would keep a second copy of them all."""
+    return fn(*(Tokens(*(t[rows, :length] for t in x)) if isinstance(x, Tokens) else x for x in part))
+
+
+def _rows(x: Any, rows: Tensor) -> Any:
     return type(x)(*(t[rows] for t in x)) if isinstance(x, tuple) else x[rows]
 
 

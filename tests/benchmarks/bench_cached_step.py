@@ -6,7 +6,6 @@ Every slice is run twice and differentiated once, which costs as much as two run
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import VOCABULARY, apart, measure, our_step, pairs_of, real_rows, save_model
+from steps import VOCABULARY, apart, arguments_of, measure, our_step, pairs_of, parse, real_rows, save_model
 
 from toolkit.data.pairs import PairBatch
 from toolkit.data.tokens import Tokens
@@ -53,18 +52,12 @@ def ratios(folder: Path, kind: str, args: argparse.Namespace) -> tuple[list[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="bert,llama")
+    parser = arguments_of(__doc__)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="of every text")
     parser.add_argument("--forward-rows", type=int, default=16, help="texts of a slice")
     parser.add_argument("--times", type=int, default=5, help="alternations of the two forms")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cell", help="measure one cell here and print JSON")
-    args = parser.parse_args()
-    if args.cell:
-        print(json.dumps(run_cell(json.loads(args.cell))))
-        return
+    args = parse(parser, run_cell)
     torch.set_num_threads(args.threads)
     _, _, tokenizer = real_rows(1, args.tokens)
     print(

@@ -7,7 +7,6 @@ runs in a fresh process: a warm-up on 8 pairs, then one step, whose CPU seconds 
 takes some 20 minutes on one core.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,7 +18,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from steps import POOLING, TEMPERATURE, apart, measure, our_step, padded, pairs_of, real_rows, save_model
+from steps import (
+    POOLING,
+    TEMPERATURE,
+    apart,
+    arguments_of,
+    measure,
+    our_step,
+    padded,
+    pairs_of,
+    parse,
+    real_rows,
+    save_model,
+)
 
 THEIR_ROWS = 32  # their default mini batch
 WARM_UP = 8
@@ -58,17 +69,11 @@ def run_cell(cell: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments_of(__doc__)
     parser.add_argument("--batches", default="256", help="pairs of a step")
-    parser.add_argument("--models", default="bert,llama")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--times", type=int, default=1, help="alternations of the three forms")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cell", help="measure one cell here and print JSON")
-    args = parser.parse_args()
-    if args.cell:
-        print(json.dumps(run_cell(json.loads(args.cell))))
-        return
+    args = parse(parser, run_cell)
     batches = [int(batch) for batch in args.batches.split(",")]
     query, document, tokenizer = real_rows(max(batches), args.max_tokens)
     print(

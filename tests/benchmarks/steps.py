@@ -1,5 +1,6 @@
 """What the benchmarks of a contrastive step share: small models, real ragged pairs, time and peak memory of a step."""
 
+import argparse
 import ctypes
 import gc
 import json
@@ -130,3 +131,21 @@ def apart(script: str, **cell: Any) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{cell} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def arguments_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that the benchmarks of a step share; `parse` reads them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--models", default="bert,llama")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cell", help="measure one cell here and print JSON")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, run_cell: Callable[[dict[str, Any]], dict[str, float]]) -> Any:
+    """The command line; in a process that `apart` started, measure its cell, print it and end."""
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(run_cell(json.loads(args.cell))))
+        raise SystemExit
+    return args

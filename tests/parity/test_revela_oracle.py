@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fp64 import fp64_inside
 from tiny import revela_stage
-from transformers.models.llama import modeling_llama
 
 from toolkit.data.spans import collate_revela
 from toolkit.data.tokens import Tokens
@@ -63,21 +63,6 @@ def run(
     return causal_lm, found
 
 
-def fp64_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock models normalise and rotate in fp32 whatever their dtype; here in fp64."""
-
-    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    def rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[:, :, None].to(x.dtype) * self.inv_freq.to(x.dtype)
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
-
-
 def worst(case: str, causal_lm: Any, found: dict[str, Any], prefix: str = "grad.") -> float:
     _, expected = load(case)
     parameters = dict(causal_lm.named_parameters())
@@ -95,21 +80,21 @@ def test_fp32(case: str, rows: int | None, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fp64(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp64(case: str) -> None:
     assert worst(case, *run(case, torch.float64, 2)) < 1e-6
-    fp64_inside(monkeypatch)
-    assert worst(case, *run(case, torch.float64, 2)) < 1e-9
+    with fp64_inside():
+        assert worst(case, *run(case, torch.float64, 2)) < 1e-9
 
 
-def test_live_gradients_are_the_authors_and_detached_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp64_inside(monkeypatch)
+@fp64_inside()
+def test_live_gradients_are_the_authors_and_detached_ones_are_not() -> None:
     causal_lm, found = run("llama_pad_vnorm", torch.float64, None, detach=True)
     assert worst("llama_pad_vnorm", causal_lm, {"detach_grad_sim": found["grad_sim"], **found}, "detach_grad.") < 1e-9
     assert worst("llama_pad_vnorm", causal_lm, {}, "grad.") > 0.01
 
 
-def test_dual_loss_adds_the_plain_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp64_inside(monkeypatch)
+@fp64_inside()
+def test_dual_loss_adds_the_plain_gradient() -> None:
     name = "model.layers.0.self_attn.v_proj.weight"
     both, one = (dict(run(CASES[0], torch.float64, 2, dual=dual)[0].named_parameters())[name] for dual in (True, False))
     assert error(both.grad - one.grad, load(CASES[0])[1][f"seqgrad.{name}"]) < 1e-9
@@ -121,8 +106,8 @@ def test_v_norm_matters(change: dict[str, bool]) -> None:
     assert worst(case, *run(case, torch.float32, None, **change)) > 1e-2
 
 
-def test_logits_and_the_term_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp64_inside(monkeypatch)
+@fp64_inside()
+def test_logits_and_the_term_of_one_layer() -> None:
     given, expected = load(CASES[0])
     lengths = tuple(given["attention_mask"].sum(1).tolist())
     q, k, v, w = (torch.tensor(expected[name]) for name in ("q_l0", "k_l0", "v_l0", "weights"))

@@ -1,30 +1,21 @@
 """Each rank prepares crops from good and from bad data and reports what it got."""
 
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
+from reported import report
 
 from toolkit.prepare_crops import prepare_crops
-from toolkit.recipe import Data, RecipeError
+from toolkit.recipe import Data
 
 
-def main() -> None:
-    request = json.loads(Path(sys.argv[-2]).read_text())
-    dist.init_process_group("gloo")
-    answers = []
-    for folder, tokenizer in request["cases"]:
+def works(request: Any) -> list[Callable[[], str]]:
+    def prepare(folder: str, tokenizer: str) -> str:
         data = Data.model_validate({"sources": [{"folder": folder}]})
-        try:
-            answers.append(prepare_crops(data, Path(tokenizer), Path(request["run"])).digest)
-        except RecipeError as error:
-            answers.append(str(error))
-    everything = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, answers)
-    if dist.get_rank() == 0:
-        Path(sys.argv[-1]).write_text(json.dumps(everything))
-    dist.destroy_process_group()
+        return prepare_crops(data, Path(tokenizer), Path(request["run"])).digest
+
+    return [lambda case=case: prepare(*case) for case in request["cases"]]
 
 
-main()
+report(works)

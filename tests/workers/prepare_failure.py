@@ -1,32 +1,23 @@
 """Each rank prepares passages from good and from malformed data and reports what it got."""
 
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
+from reported import report
 
 from toolkit.prepare import prepare_passages
-from toolkit.recipe import Data, RecipeError
+from toolkit.recipe import Data
 
 
-def main() -> None:
-    request = json.loads(Path(sys.argv[-2]).read_text())
-    dist.init_process_group("gloo")
-    answers = []
-    for folder in request["folders"]:
+def works(request: Any) -> list[Callable[[], str]]:
+    def prepare(folder: str) -> str:
         data = Data.model_validate(
             {"sources": [{"folder": folder}], "passages": {"unit": "lines", "max_words": 5}, "interleave": 1}
         )
-        try:
-            answers.append(prepare_passages(data, Path(request["run"])).digest)
-        except RecipeError as error:
-            answers.append(str(error))
-    everything = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, answers)
-    if dist.get_rank() == 0:
-        Path(sys.argv[-1]).write_text(json.dumps(everything))
-    dist.destroy_process_group()
+        return prepare_passages(data, Path(request["run"])).digest
+
+    return [lambda folder=folder: prepare(folder) for folder in request["folders"]]
 
 
-main()
+report(works)
