@@ -5,7 +5,6 @@ Called by training on every rank: rank 0 does the work, and if it fails every ra
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.pair_records import PairRecord, PairSource, content_hash, pair_fingerprint, read_pairs
+from toolkit.data.pair_records import PairRecord, PairSource, read_pairs
 from toolkit.data.pairs import PairStore, Prefixes, write_pairs
 from toolkit.data.tokens import tokenize
 from toolkit.determinism import generator
-from toolkit.files import aside, placing_folder
+from toolkit.files import placing_folder
 from toolkit.models.backbone import load_tokenizer
 from toolkit.prepare import open_everywhere, together, tokenizer_digest
-from toolkit.recipe import Data, EncoderSettings, FolderSource, RecipeError, source_name
+from toolkit.prepare_sources import check_unchanged, known_sources
+from toolkit.recipe import Data, EncoderSettings, RecipeError
 
 _LAYOUT = 1  # of the store; one more makes older caches unread
 # Keys of a source that do not change what is stored: place and share. Its prefixes are resolved first.
@@ -40,16 +40,14 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
 
     def write() -> str:
         cache = run.parent / "prepared"
-        cache.mkdir(parents=True, exist_ok=True)
-        fingerprints = [pair_fingerprint(source) for source in data.sources]
-        contents = [_content(*known, cache) for known in zip(data.sources, fingerprints, strict=True)]
+        known = known_sources(data.sources, cache)
+        contents = [source.content for source in known]
         folder = cache / f"pairs_{_key(data, contents, encoder, tokenizer_folder, seed)}"
         if not folder.is_dir():
             counts = [Counter[str]() for _ in data.sources]
             with placing_folder(folder) as work:
                 meta = _write(data, encoder, tokenizer_folder, seed, counts, work)
-                for source, fingerprint in zip(data.sources, fingerprints, strict=True):
-                    _check_unchanged(source, fingerprint)
+                check_unchanged(known)
             _announce(meta, sum(counts, Counter()))
         return str(folder)
 
@@ -74,27 +72,6 @@ def _key(data: Data, contents: list[str], encoder: EncoderSettings, tokenizer_fo
         seed if limited else None,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _content(source: PairSource, fingerprint: list[Any], cache: Path) -> str:
-    """The content hash of a source; that of files is remembered by their names, sizes and times."""
-    if not isinstance(source, FolderSource):
-        return content_hash(source)
-    key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-    remembered = cache / f"content_{key}.json"
-    if remembered.is_file():
-        return json.loads(remembered.read_text(encoding="utf-8"))["content"]
-    content = content_hash(source)
-    _check_unchanged(source, fingerprint)
-    work = aside(remembered)
-    work.write_text(json.dumps({"files": fingerprint, "content": content}) + "\n", encoding="utf-8")
-    os.replace(work, remembered)
-    return content
-
-
-def _check_unchanged(source: PairSource, fingerprint: list[Any]) -> None:
-    if pair_fingerprint(source) != fingerprint:
-        raise RecipeError(f"data.sources: {source_name(source)} changed while it was read; start again when it is done")
 
 
 def _prefixes(source: PairSource, encoder: EncoderSettings) -> Prefixes:
