@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from distributed import run_on_ranks
 from transformers.utils import logging
 
 from toolkit import prepare_crops as module
-from toolkit.data import stdlib_corpus
+from toolkit.data import pair_records, stdlib_corpus
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer
+from toolkit.prepare import document_texts
 from toolkit.prepare_crops import prepare_crops
 from toolkit.recipe import BuildTokenizer, Data, RecipeError
 
@@ -43,7 +47,9 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def stores(run: Path) -> list[str]:
-    return sorted(path.name for path in (run.parent / "prepared").iterdir())
+    """Names in the cache, half-written ones too; not the remembered hashes of files."""
+    names = sorted(path.name for path in (run.parent / "prepared").iterdir())
+    return [name for name in names if not name.startswith("content_")]
 
 
 def test_documents_are_tokenized_whole_and_without_special_ids(tmp_path: Path, tokenizer: Path, capsys, caplog):
@@ -95,6 +101,46 @@ def test_the_store_is_used_by_other_runs_until_text_or_tokenizer_change(tmp_path
     assert len(stores(tmp_path / "run")) == 3
 
 
+def test_equal_content_shares_a_store_whatever_its_time_and_place(tmp_path: Path, tokenizer: Path, monkeypatch):
+    data = make_data(tmp_path / "in", {"text": "ab abc", "title": "x"})
+    prepare_crops(data, tokenizer, tmp_path / "run")
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")
+    os.utime(tmp_path / "in" / "rows.jsonl", ns=(1, 1))
+    titled = {"folder": str(tmp_path / "copy"), "fields": {"title": "title"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", None)  # writing again would fail
+        for place in ("in", "copy"):
+            prepare_crops(make_settings(tmp_path / place), tokenizer, tmp_path / "run")
+        with pytest.raises(TypeError):  # the control: equal files, read otherwise
+            prepare_crops(Data.model_validate({"sources": [titled]}), tokenizer, tmp_path / "run")
+    assert len(stores(tmp_path / "run")) == 1
+
+
+def test_a_hub_dataset_is_known_by_its_content_and_not_by_its_id(tmp_path: Path, tokenizer: Path, monkeypatch):
+    data = Data.model_validate({"sources": [{"hub": "a/b"}]})
+    seen = []
+    for text in ("ab abc", "ab abc", "xyz"):
+        dataset = datasets.Dataset.from_list([{"text": text}])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, dataset=dataset, **__: dataset)
+        seen.append((prepare_crops(data, tokenizer, tmp_path / "run").examples, len(stores(tmp_path / "run"))))
+    assert seen == [(["ab abc"], 1), (["ab abc"], 1), (["xyz"], 2)]
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path, tokenizer: Path, monkeypatch):
+    data, run = make_data(tmp_path / "in", {"text": "ab"}), tmp_path / "run"
+
+    def growing(*arguments: Any) -> Iterator[str]:
+        yield from document_texts(*arguments)
+        make_data(tmp_path / "in", {"text": "ab"}, {"text": "abc"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "document_texts", growing)
+        with pytest.raises(RecipeError, match=r"folder: .*in changed while it was read; start again when it is done$"):
+            prepare_crops(data, tokenizer, run)
+    assert stores(run) == []
+    assert prepare_crops(data, tokenizer, run).meta["documents"] == 2
+
+
 def test_titles_and_several_sources_are_read_in_order(tmp_path: Path, tokenizer: Path):
     make_data(tmp_path / "a", {"text": "ab", "name": "abc"}, {"text": "c", "name": None})
     make_data(tmp_path / "b", {"text": "xyz"})
@@ -108,10 +154,10 @@ def test_titles_and_several_sources_are_read_in_order(tmp_path: Path, tokenizer:
 def test_the_standard_library_is_a_source(tmp_path: Path, tokenizer: Path, monkeypatch):
     files = [("a.py", "ab = abc\n"), ("b.py", "\n"), ("c.py", "xyz\n")]
     monkeypatch.setattr(stdlib_corpus, "training_files", lambda: files)
-    monkeypatch.setattr(stdlib_corpus, "summary", lambda: {"digest": "0"})
+    monkeypatch.setattr(pair_records, "summary", lambda: {"digest": "0"})
     data = Data.model_validate({"sources": [{"stdlib": "files"}]})
     assert prepare_crops(data, tokenizer, tmp_path / "run").examples == ["ab = abc\n", "xyz\n"]
-    monkeypatch.setattr(stdlib_corpus, "summary", lambda: {"digest": "1"})
+    monkeypatch.setattr(pair_records, "summary", lambda: {"digest": "1"})
     prepare_crops(data, tokenizer, tmp_path / "run")
     assert len(stores(tmp_path / "run")) == 2
 

@@ -1,4 +1,4 @@
-"""The documents of a stage as token ids, stored once for all runs beside one another: what crops are cut from.
+"""Documents of a stage as token ids, which crops are cut from; cached by content in <run>/../prepared for all runs.
 
 Called by training on every rank: rank 0 does the work, and if it fails every rank raises the same RecipeError.
 """
@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.data import stdlib_corpus
 from toolkit.data.crops import CropStore, write_documents
-from toolkit.data.records import fingerprint
 from toolkit.files import placing_folder
 from toolkit.models.backbone import load_tokenizer
 from toolkit.prepare import document_texts, open_everywhere, together, tokenizer_digest
-from toolkit.recipe import Data, RecipeError, StdlibSource
+from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
+from toolkit.recipe import Data, RecipeError
 
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 
@@ -24,20 +23,25 @@ _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
     """The documents of a stage's sources, tokenized and stored once below `run`'s parent, which all nodes must see.
 
+    The cache is keyed by what the sources hold, wherever they lie.
+
     Raises:
-        RecipeError: for malformed or empty data or a tokenizer that does not load, the same on every rank.
+        RecipeError: for malformed or empty data, files that change while they are read, or a tokenizer that does not
+            load; the same on every rank.
     """
 
     def write() -> str:
-        folder = run.parent / "prepared" / f"crops_{_digest(data, tokenizer_folder)}"
+        cache = run.parent / "prepared"
+        known = known_sources(data.sources, cache)
+        folder = cache / f"crops_{_digest(known, tokenizer_folder)}"
         if not folder.is_dir():
-            _write(data, tokenizer_folder, folder)
+            _write(data, known, tokenizer_folder, folder)
         return str(folder)
 
     return open_everywhere(Path(together(write)), CropStore.open)
 
 
-def _write(data: Data, tokenizer_folder: Path, folder: Path) -> None:
+def _write(data: Data, known: list[KnownSource], tokenizer_folder: Path, folder: Path) -> None:
     try:
         tokenizer = load_tokenizer(tokenizer_folder)
     except ValueError as error:
@@ -48,6 +52,7 @@ def _write(data: Data, tokenizer_folder: Path, folder: Path) -> None:
         meta = CropStore.open(work).meta
         if not meta["documents"]:
             raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
+        check_unchanged(known)
     print(
         f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
         f"{meta['documents']:,} documents, {meta['tokens']:,} tokens, digest {meta['digest']}",
@@ -82,12 +87,7 @@ def _with_ids(texts: list[str], tokenizer: Any) -> Iterator[tuple[str, list[int]
     return zip(texts, encoded["input_ids"], strict=True)
 
 
-def _digest(data: Data, tokenizer_folder: Path) -> str:
-    """16 hex digits of what decides the store: sources, the state of their files, the tokenizer's files."""
-    sources = [
-        stdlib_corpus.summary()["digest"] if isinstance(source, StdlibSource) else fingerprint(source)
-        for source in data.sources
-    ]
-    tokenizer = tokenizer_digest(tokenizer_folder)
-    settings = data.model_dump(mode="json", include={"sources"})
-    return hashlib.sha256(json.dumps([settings, sources, tokenizer]).encode()).hexdigest()[:16]
+def _digest(known: list[KnownSource], tokenizer_folder: Path) -> str:
+    """16 hex digits of what decides the store: what the sources hold and how it is read, the tokenizer's files."""
+    sources = [[source.model_dump(mode="json", exclude={"folder"}), content] for source, _, content in known]
+    return hashlib.sha256(json.dumps([sources, tokenizer_digest(tokenizer_folder)]).encode()).hexdigest()[:16]
