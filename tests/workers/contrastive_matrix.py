@@ -7,15 +7,15 @@ import copy
 import json
 import sys
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from reference_contrastive import ReContrieverReference, contrastive_loss
-from revela_matrix import OwnSlice, perturb
+from revela_matrix import Outcome, OwnSlice, compared, perturb, precision, two_steps, worst_of_ranks
 from tiny import random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
 
 import toolkit.objectives.contrastive
@@ -41,9 +41,12 @@ CONTROLS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
 }
 
 
-def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: None) -> Any:
+def build_perturbed(
+    stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: None, fp64: bool
+) -> Any:
     objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
     perturb(objective, size=0.1)
+    objective = objective.double() if fp64 else objective
     if isinstance(objective, ReContriever) and objective.momentum is not None:
         objective.momentum = Momentum(objective.encoder, objective.momentum.share)
         random = torch.Generator().manual_seed(7)
@@ -52,34 +55,25 @@ def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: N
     return objective
 
 
-def run_engine(case: dict[str, Any], folders: dict[str, str]) -> tuple[Any, ...]:
-    """Two steps of the engine: what `compare` compares."""
+def run_case(case: dict[str, Any], folders: dict[str, str], mistake: list[Any]) -> dict[str, float]:
+    """Errors of one case, as `compared` gives them; a mistake is the engine's, not the dense form's."""
     stage = stage_of(case["method"], **case["changes"], batch__pool=POOL, batch__pools_per_step=NUM_POOLS)
-    folder = Path(folders[case["arch"]])
+    folder, fp64 = Path(folders[case["arch"]]), case["fp64"]
     pools = make_pools(stage, case["seed"])
-    engines.build_objective = build_perturbed
+    engines.build_objective = partial(build_perturbed, fp64=fp64)
     whole = stage.zero.stage == 3 and not case.get("keep_persistent")
     threshold = {"stage3_param_persistence_threshold": 0} if whole else {}
-    engine = engines.build_engine(stage, SEED, CPU, folder, None, None, reduce_bucket_size=3000, **threshold)
-    names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    mine = own_batches(stage, pools)
-    gradients: dict[str, torch.Tensor] = {}
-    losses: list[torch.Tensor] = []
-    for _ in range(2):  # at ZeRO-3 the second step runs from the recorded trace; queues hold new keys by then
-        losses = []
-        for index, batch in enumerate(mine):
-            loss = engine(batch)
-            engine.backward(loss.total)
-            losses.append(loss.total.detach())
-            if index == len(mine) - 1:
-                parameters = dict(engine.module.named_parameters())
-                gradients = {n: deepspeed.utils.safe_get_full_grad(parameters[n]).clone() for n in names}
-            engine.step()
-        engine.module.after_step()
-    total = float(sum_over_ranks(torch.stack(losses).mean()) / world_size())
-    state = {name: tensor.clone() for name, tensor in engine.module.extra_state().items()}
-    engine.destroy()
-    return stage, pools, folder, total, gradients, state
+    with precision(fp64), ExitStack() as patches:
+        for patch in mistake:
+            patches.enter_context(patch)
+        engine = engines.build_engine(stage, SEED, CPU, folder, None, None, reduce_bucket_size=3000, **threshold)
+        found = two_steps(engine, own_batches(stage, pools))  # queues hold new keys by the second
+        state = engine.module.extra_state()
+        if "queue.keys" in state:
+            keys, pointer = state["queue.keys"], int(state["queue.pointer"])
+            found = found._replace(queue=torch.cat([keys[pointer:], keys[:pointer]]))
+        engine.destroy()
+    return compared(found, partial(dense, stage, pools, folder), fp64)
 
 
 def make_pools(stage: Any, seed: int) -> list[Any]:
@@ -97,48 +91,32 @@ def own_batches(stage: Any, pools: list[Any]) -> list[Any]:
     return [cut(pool, rank() * rows, (rank() + 1) * rows) for pool in pools]
 
 
-def compare(
-    stage: Any, pools: Any, folder: Path, total: float, gradients: Any, state: dict[str, torch.Tensor]
-) -> dict[str, float]:
-    """Errors of one case: the loss, and the worst gradient array, each as max|a-b| / max|b|."""
-    objective = build_perturbed(stage, SEED, CPU, folder, None, None)
-    answer: dict[str, float] = {}
-    if isinstance(objective, Contrastive):
-        expected = contrastive_loss(objective.encoder, pools, objective.settings, objective.scale())
-    else:
-        queue = None if objective.queue is None else objective.queue.keys.clone()
-        reference = ReContrieverReference(stage.objective, queue)
-        key_encoder = objective.encoder
-        if objective.momentum is not None:  # the first step filled the queue and moved the key encoder
-            key_encoder = copy.deepcopy(objective.encoder)
-            averages = objective.momentum.average
-            with torch.no_grad():
-                named = dict(key_encoder.named_parameters())
-                for name, average in averages.items():
-                    named[name].copy_(average)
-                reference.loss(objective.encoder, key_encoder, pools)
-                for name, parameter in objective.encoder.named_parameters():
-                    named[name].lerp_(parameter, 1 - objective.momentum.share)
-        expected = reference.loss(objective.encoder, key_encoder, pools)
-        if reference.queue is not None:
-            pointer = int(state["queue.pointer"])
-            found = torch.cat([state["queue.keys"][pointer:], state["queue.keys"][:pointer]])
-            answer["queue"] = float((found - reference.queue).abs().max() / reference.queue.abs().max())
-    expected.backward()
-    true = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
-    assert true.keys() == gradients.keys()
-    errors = {name: gradients[name] - true[name] for name in true}
-    norm = torch.nn.utils.get_total_norm
-    largest = {name: float(gradient.abs().max()) for name, gradient in true.items()}
-    # A softmax does not see what all keys share: the bias of BERT's keys has no gradient but rounding.
-    compared = [name for name in true if largest[name] > 1e-6 * max(largest.values())]
-    assert all(name.endswith("key.bias") for name in true.keys() - set(compared))
-    return answer | {
-        "loss": abs(total - float(expected)) / abs(float(expected)),
-        "gradient": float(norm(errors.values()) / norm(true.values())),
-        "worst_array": max(float(errors[name].abs().max()) / largest[name] for name in compared),
-        "smallest_array": min(largest[name] for name in compared),
-    }
+def dense(stage: Any, pools: Any, folder: Path, fp64: bool) -> Outcome:
+    """The dense form's."""
+    with precision(fp64):
+        objective = build_perturbed(stage, SEED, CPU, folder, None, None, fp64)
+        queue = None
+        if isinstance(objective, Contrastive):
+            loss = contrastive_loss(objective.encoder, pools, objective.settings, objective.scale())
+        else:
+            keys = None if objective.queue is None else objective.queue.keys
+            reference = ReContrieverReference(stage.objective, keys.double() if fp64 and keys is not None else keys)
+            key_encoder = objective.encoder
+            if objective.momentum is not None:  # the first step filled the queue and moved the key encoder
+                key_encoder = copy.deepcopy(objective.encoder)
+                averages = objective.momentum.average
+                with torch.no_grad():
+                    named = dict(key_encoder.named_parameters())
+                    for name, average in averages.items():
+                        named[name].copy_(average)
+                    reference.loss(objective.encoder, key_encoder, pools)
+                    for name, parameter in objective.encoder.named_parameters():
+                        named[name].lerp_(parameter, 1 - objective.momentum.share)
+            loss = reference.loss(objective.encoder, key_encoder, pools)
+            queue = reference.queue
+        loss.backward()
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return Outcome(float(loss), gradients, queue)
 
 
 def main() -> None:
@@ -147,11 +125,9 @@ def main() -> None:
     answers = []
     for case in request["cases"]:
         places, name, stand_in = CONTROLS.get(case.get("control"), ((), "", None))
-        with ExitStack() as patches:
-            for place in places:
-                patches.enter_context(mock.patch.object(place, name, stand_in))
-            made = run_engine(case, request["folders"])
-        answers.append(compare(*made))
+        mistake = [mock.patch.object(place, name, stand_in) for place in places]
+        answers.append(run_case(case, request["folders"], mistake))
+    answers = worst_of_ranks(answers)
     if rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(answers))
 

@@ -2,14 +2,19 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import deepspeed
 import reference
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from fp64 import fp64_inside
 from reference import NAME, revela_loss
 from tiny import random_pools, revela_stage, rows_of
 
@@ -34,6 +39,14 @@ def on_grid(similarity: torch.Tensor) -> torch.Tensor:
     return scaled + ((similarity * STEPS).round() / GRID - scaled).detach()
 
 
+class Outcome(NamedTuple):
+    """What a step made, over all ranks."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    queue: torch.Tensor | None = None  # its keys, oldest first
+
+
 def perturb(objective: torch.nn.Module, size: float = 0.3) -> None:
     """Adapters start with B = 0, which would hide the gradient of A."""
     generator = torch.Generator().manual_seed(5)
@@ -42,18 +55,22 @@ def perturb(objective: torch.nn.Module, size: float = 0.3) -> None:
             parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def build_perturbed(stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: Path) -> Revela:
+def build_perturbed(
+    stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: Path, fp64: bool
+) -> Revela:
     objective = build_revela(stage, stage.objective, seed, device, folder, adapter, lm_folder)
     perturb(objective)
     if stage.objective.temperature < 0.01:
-        objective.weights = lambda q, p: weights_on_grid(objective, q, p)  # pyright: ignore
-    return objective
+        objective.weights = lambda q, p: weights_of(objective, on_grid(q @ p.T))  # pyright: ignore
+    elif fp64:  # no recipe has similarities in fp64
+        objective.weights = lambda q, p: weights_of(objective, q @ p.T)  # pyright: ignore
+    return objective.double() if fp64 else objective
 
 
-def weights_on_grid(objective: Revela, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-    own = torch.arange(len(query)) + objective._first_row(len(query))
-    itself = torch.nn.functional.one_hot(own, len(passage)).bool()
-    return (on_grid(query @ passage.T) / objective.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
+def weights_of(objective: Revela, similarity: torch.Tensor) -> torch.Tensor:
+    own = torch.arange(len(similarity)) + objective._first_row(len(similarity))
+    itself = torch.nn.functional.one_hot(own, similarity.shape[1]).bool()
+    return (similarity / objective.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
 
 
 class OwnSlice(torch.autograd.Function):
@@ -77,34 +94,54 @@ CONTROLS = {
 }
 
 
+@contextmanager
+def precision(fp64: bool) -> Iterator[None]:
+    """DeepSpeed and the models in fp64, where rounding hides nothing; DeepSpeed else refuses it on a CPU."""
+    if not fp64:
+        yield
+        return
+    accelerator: Any = get_accelerator()
+    dtypes = [*accelerator.supported_dtypes(), torch.float64]
+    with fp64_inside(), mock.patch.object(accelerator, "supported_dtypes", lambda: dtypes):
+        yield
+
+
 def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, float]:
-    """Errors of one case: the loss, and the worst gradient array, each as max|a-b| / max|b|."""
+    """Errors of one case, as `compared` gives them."""
     stage = revela_stage(**case["changes"], batch__pool=POOL, batch__pools_per_step=NUM_POOLS)
     assert isinstance(stage.objective, RevelaObjective)
     folder, lm_folder = Path(folders[case["arch"]]), Path(folders[case["arch"] + "_lm"])
     pools = random_pools(NUM_POOLS, POOL, seed=case["seed"])
-    engines.build_objective = build_perturbed
-    engine = engines.build_engine(
-        stage, 3, torch.device("cpu"), folder, None, lm_folder, reduce_bucket_size=3000,
-        **({"stage3_param_persistence_threshold": 0} if stage.zero.stage == 3 else {}),
-    )  # fmt: skip
+    engines.build_objective = partial(build_perturbed, fp64=case["fp64"])
+    with precision(case["fp64"]):
+        engine = engines.build_engine(
+            stage, 3, torch.device("cpu"), folder, None, lm_folder, reduce_bucket_size=3000,
+            **({"stage3_param_persistence_threshold": 0} if stage.zero.stage == 3 else {}),
+        )  # fmt: skip
+        found = two_steps(engine, own_batches(pools, stage.batch.span))
+        engine.destroy()
+    return compared(found, partial(dense, stage, pools, folder, lm_folder), case["fp64"])
+
+
+def two_steps(engine: Any, batches: list[Any]) -> Outcome:
+    """Loss over all ranks and gradients of the second of two steps: at ZeRO-3 that one runs from its recorded trace."""
     names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    mine = own_batches(pools, stage.batch.span)
     gradients: dict[str, torch.Tensor] = {}
     losses: list[torch.Tensor] = []
-    for _ in range(2):  # the second step is the one that ZeRO-3 runs from its recorded trace
+    for _ in range(2):
         losses = []
-        for index, batch in enumerate(mine):
+        for index, batch in enumerate(batches):
             loss = engine(batch)
             engine.backward(loss.total)
             losses.append(loss.total.detach())
-            if index == len(mine) - 1:
+            if index == len(batches) - 1:
                 parameters = dict(engine.module.named_parameters())
-                gradients = {n: deepspeed.utils.safe_get_full_grad(parameters[n]).clone() for n in names}
+                full: Any = deepspeed.utils.safe_get_full_grad
+                gradients = {n: full(parameters[n]).clone() for n in names}
             engine.step()
-    total = float(sum_over_ranks(torch.stack(losses).mean()) / world_size())
-    engine.destroy()
-    return compare(stage, pools, folder, lm_folder, total, gradients)
+        engine.module.after_step()
+    loss = float(sum_over_ranks(torch.stack(losses).mean()) / world_size())
+    return Outcome(loss, gradients)
 
 
 def own_batches(pools: list[Any], span: str) -> list[Any]:
@@ -115,29 +152,63 @@ def own_batches(pools: list[Any], span: str) -> list[Any]:
     return [rows_of(pool, rank() * rows, (rank() + 1) * rows) for pool in pools]
 
 
-def compare(stage: Any, pools: Any, folder: Path, lm_folder: Path, total: float, gradients: Any) -> dict[str, float]:
-    objective = build_revela(stage, stage.objective, 3, "cpu", folder, None, lm_folder)
-    dense = load_causal_lm(lm_folder, torch.float32, NAME)
+def dense(stage: Any, pools: Any, folder: Path, lm_folder: Path, fp64: bool) -> Outcome:
+    """The dense form's."""
+    objective: Any = build_revela(stage, stage.objective, 3, "cpu", folder, None, lm_folder)
+    whole = load_causal_lm(lm_folder, torch.float32, NAME)
     if stage.objective.language_model.lora is None:
-        objective.language_model.causal_lm = dense.train()
+        objective.language_model.causal_lm = whole.train()
     else:
         objective.language_model.causal_lm.get_base_model().set_attn_implementation(NAME)
     perturb(objective)
     reference.similarities = (
         (lambda q, p: on_grid(q @ p.T)) if stage.objective.temperature < 0.01 else (lambda q, p: q @ p.T)
     )
-    expected = revela_loss(objective.encoder, objective.language_model.causal_lm, pools, stage.objective)
-    expected.backward()
-    true = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
-    assert true.keys() == gradients.keys()
-    errors = {name: gradients[name] - true[name] for name in true}
-    norm = torch.nn.utils.get_total_norm
-    return {
-        "loss": abs(total - float(expected)) / abs(float(expected)),
-        "gradient": float(norm(errors.values()) / norm(true.values())),
-        "worst_array": max(float(errors[name].abs().max() / true[name].abs().max()) for name in true),
-        "smallest_array": min(float(true[name].abs().max()) for name in true),
-    }
+    with precision(fp64):
+        objective.to(torch.float64 if fp64 else torch.float32)
+        loss = revela_loss(objective.encoder, objective.language_model.causal_lm, pools, stage.objective)
+        loss.backward()
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return Outcome(float(loss.detach()), gradients)
+
+
+def compared(found: Outcome, dense: Callable[[bool], Outcome], fp64: bool) -> dict[str, float]:
+    """Errors against the dense form in fp64; of an fp32 engine, by how much they pass those of the dense form in fp32.
+
+    loss: relative; gradient: norm of the whole gradient's error over its norm; worst_array, queue: max|a-b| / max|b|.
+    """
+    true = dense(True)
+    largest = {name: float(gradient.abs().max()) for name, gradient in true.gradients.items()}
+    # A softmax does not see what all keys share: the bias of BERT's keys has no gradient but rounding.
+    named = [name for name in largest if largest[name] > 1e-6 * max(largest.values())]
+    assert all(name.endswith("key.bias") for name in largest.keys() - set(named))
+
+    def errors(outcome: Outcome) -> dict[str, float]:
+        assert outcome.gradients.keys() == true.gradients.keys()
+        off = {name: outcome.gradients[name].double() - true.gradients[name] for name in largest}
+        norm = torch.nn.utils.get_total_norm
+        figures = {
+            "loss": abs(outcome.loss - true.loss) / abs(true.loss),
+            "gradient": float(norm(off.values()) / norm(true.gradients.values())),
+            "worst_array": max(float(off[name].abs().max()) / largest[name] for name in named),
+        }
+        if true.queue is not None:
+            assert outcome.queue is not None
+            figures["queue"] = float((outcome.queue.double() - true.queue).abs().max() / true.queue.abs().max())
+        return figures
+
+    figures = errors(found)
+    if not fp64:
+        rounding = errors(dense(False))
+        figures = {name: figure - rounding[name] for name, figure in figures.items()}
+    return figures | {"smallest_array": min(largest[name] for name in named)}
+
+
+def worst_of_ranks(answers: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Of each case the largest error on any rank: losses, gradients and queues are the same on all."""
+    everything: list[Any] = [None] * world_size()
+    dist.all_gather_object(everything, answers)
+    return [{name: max(rank[name] for rank in case) for name in case[0]} for case in zip(*everything, strict=True)]
 
 
 def main() -> None:
@@ -148,6 +219,7 @@ def main() -> None:
         name, stand_in = CONTROLS.get(case.get("control"), ("rank", rank))
         with mock.patch.object(toolkit.objectives.revela, name, stand_in):
             answers.append(run_case(case, request["folders"]))
+    answers = worst_of_ranks(answers)
     if rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(answers))
 
