@@ -2,16 +2,30 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
-from recipe_changes import BUILD, LM_START, MISSING, START_FIX, TINY, changed, problems, write
+from recipe_changes import BUILD, LM_START, MISSING, RECIPES, START_FIX, TINY, changed, problems, write
 
 from toolkit.recipe import load_recipe
+
+
+def second(method: str, **keys: Any) -> list[tuple[str, Any]]:
+    """Changes that make stage 1 that of tiny/<method>.json, with its section__key set."""
+    stage = json.loads((RECIPES / "tiny" / f"{method}.json").read_text())["stages"][1]
+    return [("stages.1", stage), *((f"stages.1.{key.replace('__', '.')}", value) for key, value in keys.items())]
+
 
 LORA = {"rank": 2, "alpha": 2, "dropout": 0.0, "targets": ["q_proj"]}
 GROUPS = {"folder": "g", "format": "groups"}
 BUILT_BEFORE = "revela starts from a trained model; build it in a language_model stage before this one"
 NO_LM_BEFORE = "no language_model stage comes just before; name a hub id or a folder"
+FILES, PAIRS, BEIR = {"stdlib": "files"}, {"folder": "p", "format": "pairs"}, {"folder": "b", "format": "beir"}
+NO_PAIRS = "belongs to sources of pairs; remove the key"
+CROPS = {"chunk_tokens": 48, "min_ratio": 0.1, "max_ratio": 0.5, "delete": 0.1}
+Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
+KEYS_OF_A_STEP = "is no multiple of the 32 keys of a step (views x pool x pools_per_step)"
+NVME_STAGE = 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
 CROSS = {
     "stage name twice": (
         [("stages.1.name", "language_model")],
@@ -103,6 +117,142 @@ CROSS = {
         [("stages.0.zero", {"stage": 3, "offload_param": {"nvme": "/no/such/disk"}})],
         ["stages.0.zero.offload_param.nvme: /no/such/disk is no folder; create it on the NVMe disk of every node"],
     ),
+    "texts longer than the built model that the language model reads": (
+        [("stages.1.objective.language_model.max_tokens", 129)],
+        ["stages.1.objective.language_model.max_tokens: 129 is above the built model's max_tokens 128; lower it"],
+    ),
+    "data of another method": (
+        second("contrastive", data__sources=[{"stdlib": "files"}, GROUPS]),
+        ["stages.1.data.sources: contrastive reads beir or pairs, not documents, groups"],
+    ),
+    "documents that are not cut, with how to cut them": (
+        second("recontriever", data__passages={"unit": "lines", "max_words": 9}),
+        ["stages.1.data.passages: only documents for revela or language_model are cut; remove the key"],
+    ),
+    "dealing where nothing is dealt": (
+        second("contrastive", data__interleave=2),
+        ["stages.1.data.interleave: contrastive deals no passages; remove the key"],
+    ),
+    "a split of a folder": (
+        second("contrastive", data__sources=[PAIRS | {"split": "dev"}]),
+        ["stages.1.data.sources.0.split: only format beir has splits; remove the key"],
+    ),
+    "fields that a format does not read": (
+        [
+            ("stages.0.data.sources", [{"folder": "d", "fields": {"query": "q", "negatives": ["n"]}}]),
+            *second(
+                "contrastive",
+                data__sources=[PAIRS | {"fields": {"document": "id"}}, BEIR | {"fields": {"text": "body"}}],
+                data__mix="rows",
+            ),
+        ],
+        [
+            "stages.0.data.sources.0.fields.query: is not read with format documents; remove the key",
+            "stages.0.data.sources.0.fields.negatives: is not read with format documents; remove the key",
+            "stages.1.data.sources.0.fields.document: is not read with format pairs; remove the key",
+            "stages.1.data.sources.1.fields.text: is not read with format beir; remove the key",
+        ],
+    ),
+    "keys of pairs on documents": (
+        [
+            ("stages.0.data.positives", 2),
+            ("stages.0.data.negatives", 1),
+            ("stages.0.data.mix", "rows"),
+            ("stages.0.data.sources.0", FILES | {"weight": 1.0, "limit": 3}),
+            ("stages.1.data.sources.0", FILES | {"query_prefix": "", "passage_prefix": "p"}),
+        ],
+        [
+            *(f"stages.0.data.{key}: {NO_PAIRS}" for key in ("positives", "negatives", "mix")),
+            *(f"stages.0.data.sources.0.{key}: {NO_PAIRS}" for key in ("weight", "limit")),
+            *(f"stages.1.data.sources.0.{key}: {NO_PAIRS}" for key in ("query_prefix", "passage_prefix")),
+        ],
+    ),
+    "weights of some sources": (
+        second("contrastive", data__sources=[PAIRS | {"weight": 1.0}, BEIR], data__mix="rows"),
+        ["stages.1.data.sources.1.weight: missing; give every source a weight, or none"],
+    ),
+    "several sources unmixed": (
+        second("contrastive", data__sources=[PAIRS, BEIR]),
+        ['stages.1.data.mix: missing; write "rows" (all sources in every pool) or "pools" (one source per pool)'],
+    ),
+    "one source mixed": (
+        second("contrastive", data__mix="pools"),
+        ["stages.1.data.mix: there is one source; remove the key"],
+    ),
+    "crops without lengths": (
+        second("recontriever", data__crops=None),
+        ['stages.1.data.crops: missing; recontriever needs {"chunk_tokens": ...}'],
+    ),
+    "crops of another method": (
+        second("contrastive", data__crops=CROPS),
+        ["stages.1.data.crops: recontriever's; remove the key"],
+    ),
+    "crops of no length": (
+        second("recontriever", data__crops=CROPS | {"min_ratio": 0.6}),
+        ["stages.1.data.crops.min_ratio: is above max_ratio 0.5; lower it"],
+    ),
+    "two budgets of slices": (
+        second("contrastive", batch__forward_rows=2),
+        ["stages.1.batch.forward_tokens: stands beside forward_rows; remove one of the two"],
+    ),
+    "a direction twice": (
+        second("contrastive", objective__directions=[Q_TO_D, D_TO_Q, Q_TO_D]),
+        ["stages.1.objective.directions: names a direction twice; name each once"],
+    ),
+    "a joint sum of one direction": (
+        second("contrastive", objective__partition="joint"),
+        ["stages.1.objective.partition: there is one direction; set it to separate"],
+    ),
+    "no direction from queries to documents": (
+        second("contrastive", objective__directions=[D_TO_Q]),
+        ["stages.1.objective.directions: lacks query_to_document; add it"],
+    ),
+    "a learned temperature that is too low": (
+        second("contrastive", objective__learn_temperature=True, objective__temperature=0.009),
+        ["stages.1.objective.temperature: a learned temperature is at least 0.01; raise it"],
+    ),
+    "a Matryoshka dimension twice": (
+        second("contrastive", objective__matryoshka=[32, 8, 8]),
+        ["stages.1.objective.matryoshka: names a dimension twice; name each once"],
+    ),
+    "prefixes on crops": (
+        second("recontriever", encoder__query_prefix="q: ", encoder__passage_prefix="p: "),
+        [
+            'stages.1.encoder.query_prefix: crops are trained without prefixes; set it to ""',
+            'stages.1.encoder.passage_prefix: crops are trained without prefixes; set it to ""',
+        ],
+    ),
+    "softmax weights without temperature": (
+        second("recontriever", objective__relevance="softmax"),
+        ["stages.1.objective.relevance_temperature: missing; softmax weights need it"],
+    ),
+    "linear weights with temperature": (
+        second("recontriever", objective__relevance_temperature=0.1),
+        ["stages.1.objective.relevance_temperature: only softmax weights have one; remove the key"],
+    ),
+    "weights clamped that are never negative": (
+        second("recontriever", objective__relevance="none", objective__clamp_negative=True),
+        ["stages.1.objective.clamp_negative: only linear weights can be negative; set it to false"],
+    ),
+    "a queue of part of a step": (
+        second("recontriever", objective__queue={"size": 80, "momentum": 0.9}),
+        [f"stages.1.objective.queue.size: {KEYS_OF_A_STEP}; write 64"],
+    ),
+    "a queue shorter than a step": (
+        second("recontriever", objective__queue={"size": 16, "momentum": 0.9}),
+        [f"stages.1.objective.queue.size: {KEYS_OF_A_STEP}; write 32"],
+    ),
+    "a momentum copy of all parameters at ZeRO-3": (
+        second("recontriever", lora=None, zero={"stage": 3}),
+        [
+            "stages.1.zero.stage: a momentum copy of all parameters would have to be gathered whole at every step; use "
+            "stage 0, 1 or 2, lora, or in-batch negatives (objective.queue null)"
+        ],
+    ),
+    "NVMe for the optimizer where it is ignored": (
+        [(f"stages.{i}.zero", {"stage": zero, "offload_optimizer": {"nvme": "."}}) for i, zero in enumerate((2, 0))],
+        [f"stages.{i}.zero.offload_optimizer: {NVME_STAGE}" for i in (0, 1)],
+    ),
 }
 
 
@@ -120,6 +270,34 @@ def test_what_the_cross_checks_must_let_through(tmp_path):
     assert load_recipe(write(tmp_path, two_revela)).stages[1].start == "previous"
     offload = {"stage": 3, "offload_param": {"nvme": str(tmp_path)}, "offload_optimizer": "cpu"}
     assert load_recipe(write(tmp_path, changed(("stages.0.zero", offload)))).stages[0].zero.offload_optimizer == "cpu"
+    for offload in ({"stage": 2, "offload_optimizer": "cpu"}, {"stage": 3, "offload_optimizer": {"nvme": "."}}):
+        load_recipe(write(tmp_path, changed(("stages.0.zero", offload))))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        second(
+            "contrastive",
+            data__sources=[
+                PAIRS | {"weight": 1.0, "fields": {"query": "q", "weight": "w"}},
+                BEIR | {"weight": 2.0, "split": "dev"},
+            ],
+            data__mix="pools",
+        ),
+        second("contrastive", data__sources=[PAIRS | {"limit": 3, "query_prefix": "q"}], data__negatives=2),
+        second("contrastive", objective__directions=[Q_TO_D, D_TO_Q], objective__partition="joint"),
+        second("contrastive", objective__learn_temperature=True, objective__temperature=0.01),
+        second("contrastive", objective__temperature=0.001, objective__matryoshka=[32, 8]),
+        second("recontriever", objective__relevance="softmax", objective__relevance_temperature=0.1),
+        second("recontriever", objective__clamp_negative=True, data__crops=CROPS | {"min_ratio": 0.5}),
+        second("recontriever", zero={"stage": 3}),
+        second("recontriever", zero={"stage": 3}, lora=None, objective__queue=None),
+        second("recontriever", zero={"stage": 2}, lora=None),
+    ],
+)
+def test_what_the_checks_of_data_and_methods_must_let_through(tmp_path, changes):
+    assert len(load_recipe(write(tmp_path, changed(*changes))).stages) == 2
 
 
 def test_a_second_lora_stage_must_repeat_the_adapter(tmp_path):

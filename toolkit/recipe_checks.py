@@ -228,7 +228,9 @@ def _check_method(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
 def _check_zero(at: str, zero: Zero) -> Iterator[tuple[str, str]]:
     if zero.offload_param is not None and zero.stage != 3:
         yield f"{at}.offload_param", "works at ZeRO stage 3 only; set stage to 3 or offload_param to null"
-    if zero.offload_optimizer is not None and zero.stage == 0:
+    if isinstance(zero.offload_optimizer, NvmeOffload) and zero.stage != 3:  # DeepSpeed would use memory and not say so
+        yield f"{at}.offload_optimizer", 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
+    elif zero.offload_optimizer is not None and zero.stage == 0:
         yield f"{at}.offload_optimizer", "works at ZeRO stages 1 to 3; set stage to 1 or offload_optimizer to null"
     for key, place in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
         if isinstance(place, NvmeOffload) and not Path(place.nvme).is_dir():
