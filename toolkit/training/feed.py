@@ -45,7 +45,7 @@ class Feed(NamedTuple):
 
 
 def open_feed(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Path, lm: ModelSource | None) -> Feed:
-    """The rows of stage `index`, a function of the recipe alone.
+    """The rows of stage `index`, a function of the recipe alone; their order follows `data_seed`.
 
     Args:
         tokenizer, folder: of the retriever.
@@ -61,8 +61,17 @@ def open_feed(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Pat
         raise RecipeError(f"stages.{index}.{error}" if at_a_key else str(error)) from None
 
 
+def data_seed(recipe: Recipe, index: int) -> int:
+    """The seed of stage `index`'s order of data: the recipe's, plus one for each stage that it goes on from.
+
+    Stages from the same kind of start see the same data in the same order, so that they can be compared; a stage from
+    "previous" does not see its predecessor's order again.
+    """
+    return data_seed(recipe, index - 1) + 1 if recipe.stages[index].start == "previous" else recipe.seed
+
+
 def _open(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Path, lm: ModelSource | None) -> Feed:
-    stage, seed = recipe.stages[index], recipe.seed + index
+    stage, seed = recipe.stages[index], data_seed(recipe, index)
     match stage.objective:
         case ContrastiveObjective():
             return _pairs(stage, recipe.seed, seed, run, tokenizer, folder)
