@@ -1,14 +1,14 @@
 """Derived numbers of a stage, and the checks that need parameter counts. Called by --dry-run and by the loop."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from toolkit.models.backbone import add_lora, check_length, on_meta
+from toolkit.models.backbone import add_lora, check_length, check_window, on_meta
 from toolkit.recipe import (
-    Batch,
     ContrastiveObjective,
     LanguageModelObjective,
     Lora,
@@ -30,20 +30,20 @@ def parameter_counts(
     """Trainable and total parameters of each model of a stage, from configs alone (nothing is allocated).
 
     Raises:
-        RecipeError: if the recipe's LoRA targets match no module, or the stage is full fine-tuning of a multi-billion
-            model under gradient caching.
+        RecipeError: if the recipe's LoRA targets match no module, inputs are longer than the language model's sliding
+            window, Matryoshka dimensions do not end with all of them, or the stage is full fine-tuning of a
+            multi-billion model under gradient caching.
+        ValueError: if inputs are longer than the retriever reads, or a model's type is not supported.
     """
     check_length(encoder, max(stage.encoder.max_tokens, stage.encoder.eval_max_tokens))
-    if (
-        isinstance(stage.objective, ContrastiveObjective)
-        and max(stage.objective.matryoshka or [0]) > encoder.hidden_size
-    ):
-        raise RecipeError(
-            f"stage {stage.name}: objective.matryoshka: {max(stage.objective.matryoshka or [0])} is more than the "
-            f"model's {encoder.hidden_size} dimensions; remove it"
-        )
+    if isinstance(stage.objective, ContrastiveObjective) and stage.objective.matryoshka is not None:
+        _check_matryoshka(max(stage.objective.matryoshka), encoder.hidden_size, stage.name)
     models = {"retriever": (encoder, stage.lora, False)}
     if isinstance(stage.objective, RevelaObjective) and language_model is not None:
+        try:
+            check_window(language_model, stage.objective.language_model.max_tokens)
+        except ValueError as error:
+            raise RecipeError(f"stage {stage.name}: objective.language_model.max_tokens: {error}") from None
         models["language_model"] = (language_model, stage.objective.language_model.lora, True)
     elif isinstance(stage.objective, LanguageModelObjective):
         models = {"language_model": (encoder, None, True)}
@@ -56,6 +56,17 @@ def parameter_counts(
         counts[f"{name}_trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_gradients(stage, sum(count for name, count in counts.items() if name.endswith("_trainable")))
     return counts
+
+
+def _check_matryoshka(largest: int, hidden_size: int, stage: str) -> None:
+    """The export holds vectors of all dimensions, so these are trained too."""
+    if largest > hidden_size:
+        problem = f"{largest} is more than the model's {hidden_size} dimensions; remove it"
+    elif largest < hidden_size:
+        problem = f"lacks the model's {hidden_size} dimensions, which its export has; add {hidden_size}"
+    else:
+        return
+    raise RecipeError(f"stage {stage}: objective.matryoshka: {problem}")
 
 
 def _with_lora(model: nn.Module, lora: Lora, causal: bool, where: str) -> nn.Module:
@@ -90,7 +101,7 @@ def derived(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
     yield "ranks", f"{world_size} (fit: {', '.join(str(n) for n in range(1, spread + 1) if spread % n == 0)})"
     yield "rows per forward (per rank)", str(numbers["rows_per_forward_per_rank"])
     yield "forwards per step (per rank)", str(numbers["accumulation_per_rank"])
-    yield "slices", _slices(batch, numbers["rows_per_forward_per_rank"])
+    yield "slices", _slices(stage, numbers["rows_per_forward_per_rank"])
     yield "steps", f"{optim.steps} ({optim.warmup_steps} warm-up, {optim.warmup}; then {optim.schedule})"
     yield "tokens (at most)", f"{rows * optim.steps * texts * longest:,}"
 
@@ -110,12 +121,29 @@ def _row(stage: Stage) -> tuple[str, int, int]:
             return f"texts with 1 query and {objective.views} keys each", 1 + objective.views, longest
 
 
-def _slices(batch: Batch, rows: int) -> str:
+def _slices(stage: Stage, rows: int) -> str:
+    """How `rows` rows of a forward run; slices of equal tokens can be counted only where the texts are known."""
+    batch, sides = stage.batch, _sides(stage)
     if batch.forward_tokens is not None:
         return f"about {batch.forward_tokens:,} tokens each, texts sorted by length"
-    if batch.forward_rows is not None:
-        return f"{min(batch.forward_rows, rows):,} texts each"
-    return "none: all activations are kept"
+    if batch.forward_rows is None:
+        return "none: all activations are kept"
+    counts = ", ".join(f"{math.ceil(rows * texts / batch.forward_rows):,} of {side}" for side, texts in sides.items())
+    return f"of at most {batch.forward_rows:,} texts; a forward has {counts}"
+
+
+def _sides(stage: Stage) -> dict[str, int]:
+    """What the objective slices, each by itself, and its texts per row."""
+    objective, data = stage.objective, stage.data
+    match objective:
+        case LanguageModelObjective():
+            return {"passages": 1}
+        case RevelaObjective():
+            return {"queries": 1, "passages": 1, "language model inputs": 1}
+        case ContrastiveObjective():
+            return {"queries": 1, "documents": data.positives + data.negatives}
+        case ReContrieverObjective():
+            return {"queries": 1, "keys": objective.views}
 
 
 def render(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
