@@ -1,0 +1,57 @@
+"""The tiny recipes of the contrastive methods, in this process on one rank (tiny/revela: test_end_to_end)."""
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe_changes import RECIPES
+from safetensors.torch import load_file
+from test_errors import start
+
+from toolkit.data import stdlib_corpus
+
+STEPS = 4
+SCALARS = {
+    "contrastive": {"accuracy", "temperature", "padding"},
+    "recontriever": {"pair_nll", "accuracy", "negative_weights", "std_weights", "std_query", "std_key", "padding"},
+}
+
+
+@pytest.fixture
+def part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the standard library's packages in place of all; the whole would be read and tokenized for a minute."""
+    for name in ("asyncio", "logging"):
+        shutil.copytree(stdlib_corpus.STDLIB / name, tmp_path / "library" / name)
+    part = stdlib_corpus._read(tmp_path / "library")
+    monkeypatch.setattr(stdlib_corpus, "_read", lambda _: part)
+    monkeypatch.setattr(stdlib_corpus, "_queries", functools.cache(stdlib_corpus._queries.__wrapped__))
+
+
+@pytest.mark.parametrize("method", ["contrastive", "recontriever"])
+@pytest.mark.usefixtures("part_of_the_corpus")
+def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    recipe = json.loads((RECIPES / "tiny" / f"{method}.json").read_text())
+    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    first, second = (tmp_path / "run" / f"stage_{i}_{stage['name']}" for i, stage in enumerate(recipe["stages"]))
+    for folder in (first, second):
+        done = json.loads((folder / "done.json").read_text())
+        assert done["steps"] == STEPS and done["tokens"] > 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps: list[dict[str, Any]] = [line for line in logged if line["stage"] == second.name.removeprefix("stage_1_")]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        assert SCALARS[method] <= line.keys() and all(math.isfinite(line[key]) for key in ("loss", "grad_norm"))
+        assert line["loss"] > 0 and line["grad_norm"] > 0
+    assert len({line["loss"] for line in steps}) == STEPS
+    adapter = load_file(second / "export" / "adapter_model.safetensors")
+    moved = [name for name, weight in adapter.items() if "lora_B" in name and bool(weight.any())]
+    assert len(moved) == 2 * 2  # the adapters of two layers, zero before training
+    before = load_file(first / "export" / "model.safetensors")
+    after = load_file(second / "export" / "merged" / "model.safetensors")
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in changed)
