@@ -7,6 +7,7 @@ import pytest
 
 from launcher.recipe_reference import reference
 from toolkit.recipe import HubStart, ReContrieverObjective, RevelaObjective, batch_numbers, load_recipe
+from toolkit.training.feed import data_seed
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(RECIPES.rglob("*.json"))
@@ -86,6 +87,14 @@ def test_the_bert_recipes_have_the_papers_values(name):
     assert stage.precision == "fp32" and stage.lora is None
     for word in ("Hardware", "Memory: estimate", "Hours: estimate", "Not measured on GPU"):
         assert word in load_recipe(RECIPES / f"{name}.json").description
+
+
+def test_methods_compared_side_by_side_differ_in_the_method_alone():
+    recipe = load_recipe(RECIPES / "crops_compared.json")
+    own = {"name", "description", "objective"}
+    first, *others = [stage.model_dump(exclude=own) for stage in recipe.stages]
+    assert len(others) == 2 and all(other == first for other in others)
+    assert {data_seed(recipe, index) for index in range(3)} == {recipe.seed}
 
 
 def test_the_reference_is_current_and_names_every_key():
