@@ -40,8 +40,11 @@ def rows_loss(query: Tensor, document: Tensor, pool: PairBatch, settings: Contra
         "document_to_document": document @ document.T,
     }
     key = torch.cat([pool.positive_key, pool.negative_key], 1).flatten().tolist()
-    known = [{k for k in pool.known_key[i].tolist() if k >= 0} for i in range(rows)]
     asked = pool.query_key.tolist()
+    positives_of: dict[int, set[int]] = {query_key: set() for query_key in asked}
+    for query_key, keys in zip(asked, torch.cat([pool.positive_key, pool.known_key], 1).tolist(), strict=True):
+        positives_of[query_key].update(k for k in keys if k >= 0)  # of the query, in whatever row it has them
+    known = [positives_of[query] for query in asked]
     owner = [asked[j // slots] if j % slots < positives else None for j in range(len(document))]
     of_rows = []
     for i in range(rows):

@@ -157,8 +157,9 @@ def random_pairs(num_pools: int, pool: int, positives: int, negatives: int, seed
         query = torch.arange(pool) + 1000
         query[7] = query[0]
         document = random_tokens(pool * (positives + negatives), generator)
-        known = torch.cat([positive, torch.full((pool, 1), -1)], 1)
-        known[0, -1] = positive[2, 0]  # a positive that was not drawn
+        known = torch.cat([positive, torch.full_like(positive, -1), torch.full((pool, 1), -1)], 1)
+        known[0, positives:-1], known[7, positives:-1] = positive[7], positive[0]  # one query has one set of them
+        known[[0, 7], -1] = positive[2, 0]  # a positive that was not drawn
         weight = 0.5 + torch.rand(pool, generator=generator)
         return PairBatch(random_tokens(pool, generator), document, query, positive, negative, known, weight)
 

@@ -172,9 +172,10 @@ def test_a_batch_holds_what_the_rows_hold(tmp_path: Path):
     assert texts_of(batch.document) == texts
     assert torch.cat([batch.positive_key, batch.negative_key], 1).flatten().tolist() == keys
     assert batch.positive_key.shape == (5, 5) and batch.negative_key.shape == (5, 6)
-    assert batch.known_key.tolist() == [
-        [document_key(text) for text in record.positives] + [-1] * (4 - len(record.positives)) for record in chosen
-    ]
+    known = [known_of(records)[record.query] for record in chosen]
+    most = max(map(len, known))
+    for keys, expected in zip(batch.known_key.tolist(), known, strict=True):
+        assert set(keys[: len(expected)]) == expected and keys[len(expected) :] == [-1] * (most - len(expected))
 
 
 def test_what_is_drawn_is_a_subset_and_what_is_not_drawn_is_known(tmp_path: Path):
@@ -191,10 +192,37 @@ def test_what_is_drawn_is_a_subset_and_what_is_not_drawn_is_known(tmp_path: Path
             present = [text for text in drawn.tolist() if text]
             assert len(set(present)) == len(present) == min(slots, len(of_row)) and set(present) <= set(of_row)
             assert keys.tolist() == [document_key(text) if text else -1 for text in drawn.tolist()]
-        assert {key for key in batch.known_key[i].tolist() if key >= 0} == {document_key(t) for t in record.positives}
+        known = {key for key in batch.known_key[i].tolist() if key >= 0}
+        assert known == known_of(records)[record.query]
         undrawn += len(record.positives) > 2
     assert undrawn > 30  # so known_key held more than positive_key
     assert batch_of(store, [0, 1], negatives=0).negative_key.shape == (2, 0)
+
+
+def known_of(records: list[tuple[int, PairRecord]]) -> dict[str, set[int]]:
+    """Keys of every query's positives, by looking through all rows."""
+    return {
+        query: {document_key(text) for _, record in records if record.query == query for text in record.positives}
+        for query in {record.query for _, record in records}
+    }
+
+
+def test_known_are_the_positives_of_the_query_in_any_row_of_any_source(tmp_path: Path):
+    random = np.random.default_rng(0)
+
+    def some(most: int) -> list[str]:
+        return [f"d{i}" for i in random.integers(40, size=random.integers(1, most))]
+
+    records = [(i // 100, PairRecord(f"q{random.integers(30)}", some(4), some(5), 1.0)) for i in range(200)]
+    store = make_store(tmp_path / "a", records)  # the sources' prefixes differ: most texts have two numbers
+    assert len(store.query) > len({record.query for _, record in records})
+    known = known_of(records)
+    of_row_alone = 0
+    for row, (_, record) in enumerate(records):
+        keys = batch_of(store, [row]).known_key[0].tolist()
+        assert len(keys) == len(set(keys)) and set(keys) == known[record.query]
+        of_row_alone += {document_key(text) for text in record.positives} == known[record.query]
+    assert of_row_alone < 20  # the control: what a row names is hardly ever all
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

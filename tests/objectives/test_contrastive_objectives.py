@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,54 @@ def test_a_learned_temperature_moves_and_stays_above_its_floor(folder: Path) -> 
     assert before == pytest.approx(1 / 0.5)
     gradients(objective, random_pairs(1, 8, 1, 0)[0])
     assert objective.log_factor.grad is not None and float(objective.log_factor.grad.abs()) > 0
-    objective.log_factor.data.fill_(20.0)
-    assert float(objective.scale()) == pytest.approx(100)
-    gradients(objective, random_pairs(1, 8, 1, 0)[0])
-    assert float(objective.log_factor.grad.abs()) > 0  # there is a way back from the floor
+    objective.log_factor.data.fill_(89.0)
+    assert float(objective.scale()) == 100
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(objective, random_pairs(1, 8, 1, 0)[0]))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_at_its_floor_the_temperature_has_a_gradient_upwards_and_none_downwards(
+    folder: Path, temperature: float
+) -> None:
+    """A positive gradient asks for a smaller scale, which is a higher temperature."""
+    objective = build(folder, "contrastive", objective__learn_temperature=True, objective__temperature=temperature)
+    assert isinstance(objective, Contrastive) and objective.log_factor is not None
+
+    def found(log_factor: float, asked: float) -> tuple[float, float]:
+        assert objective.log_factor is not None
+        objective.log_factor.data.fill_(log_factor)
+        objective.log_factor.grad = None
+        scale = objective.scale()
+        assert isinstance(scale, Tensor)
+        scale.backward(torch.tensor(asked))
+        assert objective.log_factor.grad is not None
+        return float(scale), float(objective.log_factor.grad)
+
+    for log_factor in (5.6, 20.0, 89.0, 200.0, 3e38):
+        assert found(log_factor, 0.5) == (100, 50)
+        assert found(log_factor, -0.5) == (100, 0)
+        assert found(log_factor, 0.0) == (100, 0)
+    for log_factor in (-3e38, -200.0, -1.0, 0.0, 1.5, math.log(100 * temperature) - 1e-3):
+        for asked in (0.5, -0.5):
+            free = math.exp(log_factor) / temperature
+            assert found(log_factor, asked) == (pytest.approx(free, rel=1e-6), pytest.approx(asked * free, rel=1e-6))
+
+
+def test_the_floor_is_left_at_once_however_long_it_was_leaned_on(folder: Path) -> None:
+    """However long the loss asked for a still lower temperature, the first that asks for a higher one gets it."""
+    objective = build(folder, "contrastive", objective__learn_temperature=True, objective__temperature=0.05)
+    assert isinstance(objective, Contrastive) and objective.log_factor is not None
+    optimizer = torch.optim.SGD([objective.log_factor], lr=1e-3)
+    reached = []
+    for asked in [-1.0] * 300 + [1.0] * 3:
+        optimizer.zero_grad()
+        scale = objective.scale()
+        assert isinstance(scale, Tensor)
+        scale.backward(torch.tensor(asked))
+        optimizer.step()
+        reached.append(float(objective.scale()))
+    assert reached[0] < 100 and reached[299] == 100
+    assert reached[302] < 90
 
 
 def test_more_dimensions_than_the_model_has_are_refused(folder: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.data.known_positives import write_known
 from toolkit.data.pair_records import PairRecord
 from toolkit.data.token_store import TokenRows, TokenWriter
 from toolkit.data.tokens import Tokens
@@ -110,6 +111,7 @@ def write_pairs(
     arrays = {"query_key": queries.keys, "document_key": documents.keys, "query_of_row": query_of_row}
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", np.asarray(values, dtype=np.int64), allow_pickle=False)
+    write_known(folder, queries.keys, documents.keys, query_of_row)
     np.save(folder / "weight.npy", np.asarray(weights, dtype=np.float32), allow_pickle=False)
     meta = {
         "sizes": sizes,
@@ -135,6 +137,7 @@ class PairStore:
         self.examples: list[str] = self.meta["examples"]  # the first document texts, without prefix
         self.query, self.document = TokenRows.open(folder, "query"), TokenRows.open(folder, "document")
         self.positives, self.negatives = TokenRows.open(folder, "positives"), TokenRows.open(folder, "negatives")
+        self.known = TokenRows.open(folder, "known")  # of each query text: its positives in any row of any source
         names = ("query_key", "document_key", "query_of_row", "weight")
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
         self.query_key, self.document_key = arrays[:2]  # int64 [queries], [documents]
@@ -276,7 +279,7 @@ class PairBatch(NamedTuple):
     query_key: Tensor  # int64 [rows]
     positive_key: Tensor  # int64 [rows, positives]; -1 where absent
     negative_key: Tensor  # int64 [rows, negatives]; -1 where absent
-    known_key: Tensor  # int64 [rows, K]: all positives of the row, drawn or not; then -1. K is this batch's largest.
+    known_key: Tensor  # int64 [rows, K]: all positives of the query, of whatever row; then -1. K: this batch's largest.
     weight: Tensor  # float32 [rows]
 
 
@@ -308,7 +311,7 @@ def collate_pairs(
         number[i, : len(positive)] = positive
         number[i, positives : positives + len(negative)] = negative
     key = np.where(number < 0, -1, store.document_key[number])
-    known = [store.document_key[store.positives[row]] for row in rows.tolist()]
+    known = [store.document_key[store.known[number]] for number in query.tolist()]
     known_key = np.full((len(rows), max(map(len, known))), -1, dtype=np.int64)
     known_key[np.arange(known_key.shape[1]) < [[len(of_row)] for of_row in known]] = np.concatenate(known)
     end = store.query.ids[store.query.offsets[query + 1] - 1]  # a token that the model knows

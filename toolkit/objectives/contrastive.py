@@ -1,7 +1,7 @@
 """InfoNCE over pairs: a query, its positives and hard negatives, against every document of the global pool."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ class Pool(NamedTuple):
 
     queries: Tensor  # [Q, dim]
     documents: Tensor  # [D, dim]
-    query_keys: Tensor  # int64 [rows, a], of own queries and of all their positives
-    all_query_keys: Tensor  # int64 [Q, a]
+    query_keys: Tensor  # int64 [rows, a], of own queries, and of their positives that others hold too
+    all_query_keys: Tensor  # int64 [Q, b]
     document_keys: Tensor  # int64 [D, 2], of a document and of the query it is a positive of
 
 
@@ -64,27 +64,24 @@ class Contrastive(Objective):
         """1 / temperature."""
         if self.log_factor is None:
             return 1 / self.settings.temperature
-        scale = self.log_factor[0].float().exp() / self.settings.temperature
-        value = scale.detach()  # a clamp alone would give no gradient, and so no way back
-        return value.clamp(max=1 / LOWEST_TEMPERATURE) + (scale - value)
+        return _Scale.apply(self.log_factor[0].float(), self.settings.temperature)  # pyright: ignore
 
     def pool(self, query: Tensor, document: Tensor, batch: PairBatch) -> Pool:
         """Vectors and keys of the whole pool; gathered once, whatever the number of sizes and directions."""
-        own_keys = torch.where(batch.known_key < 0, batch.query_key[:, None], batch.known_key)
         document_key = torch.cat([batch.positive_key, batch.negative_key], 1)
         owner = batch.query_key[:, None].expand_as(document_key).clone()
         owner[:, batch.positive_key.shape[1] :] = NO_KEY
         document_keys = self.keys_of_pool(torch.stack([document_key, owner], -1).flatten(0, 1))
-        query_keys = torch.cat([batch.query_key[:, None], own_keys], 1)
+        known = torch.where(batch.known_key < 0, batch.query_key[:, None], batch.known_key)
+        query_keys = torch.cat([batch.query_key[:, None], known], 1)
+        documents = self.of_pool(document)
         if {"document_to_query", "query_to_query"} & set(self.settings.directions):
-            queries, all_query_keys = self.of_pool(query), self.keys_of_pool(query_keys)
-        else:  # only documents are compared with: known positives that are not among them can go
-            queries, all_query_keys = query[:0], query_keys[:0]
-            found = torch.isin(query_keys, document_keys)
-            order = found.int().argsort(dim=1, descending=True, stable=True)
-            most = max(1, int(found.sum(1).max()))
-            query_keys = torch.where(found, query_keys, batch.query_key[:, None]).gather(1, order)[:, :most]
-        return Pool(queries, self.of_pool(document), query_keys, all_query_keys, document_keys)
+            all_query_keys = self.keys_of_pool(query_keys)
+            held = _held_by_two(all_query_keys, document_keys)
+            keys = _only(query_keys, held), _only(all_query_keys, held), document_keys
+            return Pool(self.of_pool(query), documents, *keys)
+        query_keys = _only(query_keys, _held_by_two(query_keys, document_keys))
+        return Pool(query[:0], documents, query_keys, query_keys[:0], document_keys)
 
     def info_nce(
         self, size: int, query: Tensor, document: Tensor, pool: Pool, batch: PairBatch, scale: Tensor | float
@@ -122,6 +119,48 @@ class Contrastive(Objective):
             return keys
         missing = max_over_ranks(keys.shape[1], keys.device) - keys.shape[1]
         return gather(torch.cat([keys, keys[:, -1:].expand(-1, missing)], 1))
+
+
+class _Scale(torch.autograd.Function):
+    """exp(log factor) / temperature, at most 1 / LOWEST_TEMPERATURE; there the gradient that asks for more is zero.
+
+    One that asks for less is that of the bound itself, however far the factor is above it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_factor: Tensor, temperature: float) -> Tensor:
+        free = log_factor.exp() / temperature
+        scale = free.clamp(max=1 / LOWEST_TEMPERATURE)
+        ctx.save_for_backward(scale, free >= 1 / LOWEST_TEMPERATURE)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        scale, at_bound = ctx.saved_tensors
+        return torch.where(at_bound, grads[0].clamp(min=0), grads[0]) * scale, None
+
+
+def _held_by_two(query_keys: Tensor, document_keys: Tensor) -> Tensor:
+    """Keys of documents that two queries have as positives, or one query has and a row as its hard negative.
+
+    Only these need comparing: what a single query holds is left out by the query's own key. Arguments: [Q, 1 + K] of
+    queries and all their positives, and [D, 2] as in Pool.
+    """
+    key = torch.cat([query_keys[:, 1:].flatten(), document_keys[:, 0]])
+    holder = torch.cat([query_keys[:, :1].expand_as(query_keys[:, 1:]).flatten(), document_keys[:, 1]])
+    keys, place = key.unique(return_inverse=True)
+    least, most = (
+        torch.empty_like(keys).scatter_reduce(0, place, holder, r, include_self=False) for r in ("amin", "amax")
+    )
+    return keys[least < most]
+
+
+def _only(query_keys: Tensor, held: Tensor) -> Tensor:
+    """A query's key and those of its positives that are in `held`; its own is repeated where another row has more."""
+    found = torch.isin(query_keys, held)
+    found[:, 0] = True
+    order = found.int().argsort(dim=1, descending=True, stable=True)[:, : int(found.sum(1).amax())]
+    return torch.where(found, query_keys, query_keys[:, :1]).gather(1, order)
 
 
 def encode(encoder: Encoder, tokens: Tokens, batch: Batch) -> tuple[Tensor, Slices]:
