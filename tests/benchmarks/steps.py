@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from toolkit.data.pairs import PairBatch
 from toolkit.data.stdlib_corpus import collection
+from toolkit.data.stdlib_names import named_code
 from toolkit.data.tokens import Tokens, pad, tokenize
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_encoder_backbone
@@ -27,7 +28,7 @@ from toolkit.recipe import Batch, BuildTokenizer, ContrastiveObjective
 
 POOLING = {"bert": "mean", "llama": "eos"}
 VOCABULARY, TEMPERATURE, MIB = 8192, 0.05, 2**20
-CELL_SECONDS = 3600
+CELL_SECONDS = 4 * 3600  # that a cell may take; the largest batches take hours on one core
 
 
 def save_model(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -52,13 +53,26 @@ def save_model(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def texts_of(rows: int) -> tuple[list[str], list[str]]:
-    """Docstrings and the code that each describes, in a fixed random order; raises ValueError if there are too few."""
-    pairs = collection("train")
-    names = list(pairs.queries)
-    if rows > len(names):
-        raise ValueError(f"the standard library has {len(names)} pairs; found a batch of {rows}")
-    names = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:rows]]
-    return [pairs.queries[n] for n in names], [pairs.documents[next(iter(pairs.qrels[n]))] for n in names]
+    """Docstrings and the code that each describes; when these run out, names and the code that each names.
+
+    Either kind in a fixed random order. Raises ValueError if there are too few.
+    """
+    documented = collection("train")
+    pairs = _shuffled(
+        [(text, documented.documents[next(iter(documented.qrels[n]))]) for n, text in documented.queries.items()]
+    )
+    if rows > len(pairs):
+        code_of = dict(named_code())
+        name_of = {code: name for name, code in code_of.items()}  # so that no name and no code is there twice
+        pairs += _shuffled([(name, code) for code, name in name_of.items()])
+    if rows > len(pairs):
+        raise ValueError(f"the standard library has {len(pairs)} pairs; found a batch of {rows}")
+    queries, documents = zip(*pairs[:rows], strict=True)
+    return list(queries), list(documents)
+
+
+def _shuffled(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
 def real_rows(rows: int, max_tokens: int) -> tuple[list[list[int]], list[list[int]], PreTrainedTokenizerFast]:
@@ -71,7 +85,7 @@ def real_rows(rows: int, max_tokens: int) -> tuple[list[list[int]], list[list[in
 
 
 def pairs_of(query: Tokens, document: Tokens) -> PairBatch:
-    """Pairs of which no two share a text."""
+    """Pairs taken as sharing no text: nothing is masked, as in the losses that they are measured beside."""
     rows = len(query.input_ids)
     key = torch.arange(rows)
     none, weight = torch.empty(rows, 0, dtype=torch.int64), torch.ones(rows)
