@@ -174,7 +174,9 @@ class ContrastiveObjective(Section):
         None, description="Leave out negatives that score above this; null: none."
     )
     matryoshka: Annotated[list[Positive], Field(min_length=1)] | None = Field(
-        None, description="Mean of the loss over these leading dimensions (2205.13147); null: all dimensions only."
+        None,
+        description="Mean of the loss over these leading dimensions (2205.13147), the model's width the last of them; "
+        "null: all dimensions only.",
     )
 
 
@@ -405,7 +407,7 @@ class Zero(Section):
     stage: Literal[0, 1, 2, 3] = Field(
         description="What is sharded: 1 optimizer states, 2 + gradients, 3 + parameters."
     )
-    offload_optimizer: Offload | None = Field(None, description="Optimizer states to cpu memory or NVMe.")
+    offload_optimizer: Offload | None = Field(None, description="Optimizer states to cpu memory, or NVMe (stage 3).")
     offload_param: Offload | None = Field(None, description="Parameters to cpu memory or NVMe (stage 3).")
 
 

@@ -12,7 +12,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -65,7 +65,8 @@ def collection(split: Split, folder: Path = STDLIB) -> Collection:
     )
 
 
-def summary(folder: Path = STDLIB) -> dict[str, int | str]:
+@functools.cache
+def summary(folder: Path = STDLIB) -> Mapping[str, int | str]:
     """Python version, numbers of files, documents and queries per split, and a digest of all text."""
     corpus = _read(folder)
     text = repr((corpus.training, corpus.documented))

@@ -293,7 +293,7 @@ def info_nce(
         queries_all: [Q, dim], the whole pool's queries, own ones among them, with gradient.
         documents_all: [D, dim], the whole pool's positives and negatives, own ones among them, with gradient.
         query_keys: int64 [R, a], of a query and of its positives; repeat one where a row has fewer.
-        all_query_keys: int64 [Q, a], the same of queries_all.
+        all_query_keys: int64 [Q, c], the same of queries_all.
         positive_keys: int64 [R, P, b].
         document_keys: int64 [D, b].
         scale: as in `negatives`.
