@@ -8,7 +8,7 @@ EXTRA ?= cpu
 RANKS ?= 2
 
 VENV = . .venv/bin/activate &&
-PYTEST = $(VENV) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest
+PYTEST = $(VENV) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test test-all lint recipes
 

@@ -10,6 +10,8 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # one of several processes: the one that started them counts
+        return
     skipped = len(reporter.stats.get("skipped", []))
     if skipped:
         reporter.write_line(f"\nskipped: {skipped}; a test that does not run shows nothing", red=True)
