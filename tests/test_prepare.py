@@ -68,6 +68,25 @@ def test_groups_keep_their_size(tmp_path: Path):
     assert store.group_size == 3 and store.document.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_groups_of_two_sources_have_one_size(tmp_path: Path):
+    """In a pool of 2 x 3 the fourth text would be taken for the second group's first."""
+    wide = make_data(tmp_path / "wide", ["a", "b", "c"], ["d", "e", "f"], format="groups")
+    narrow = make_data(tmp_path / "narrow", [" ", "x"], ["g", "h"], format="groups")
+    equal = make_data(tmp_path / "equal", ["i", "j", "k"], format="groups")
+
+    def together(*parts: Data) -> Data:
+        return wide.model_copy(update={"sources": [source for part in parts for source in part.sources]})
+
+    store = prepare_passages(together(wide, equal), tmp_path)
+    assert store.group_size == 3 and store.document.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    with pytest.raises(RecipeError) as caught:
+        prepare_passages(together(wide, equal, narrow), tmp_path)
+    assert str(caught.value) == (
+        f"data.sources: folder: {tmp_path}/wide holds groups of 3 texts, folder: {tmp_path}/narrow holds groups of 2 "
+        "texts; give all the same size, or use them in stages of their own"
+    )
+
+
 def test_the_cache_is_used_until_data_or_settings_change(tmp_path: Path, monkeypatch):
     data = make_data(tmp_path / "in", {"text": "a b c"})
     first = prepare_passages(data, tmp_path)

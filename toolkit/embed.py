@@ -1,5 +1,6 @@
 """Texts -> vectors by a trained retriever, shared out over the ranks. Called by export and evaluation."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,10 +49,11 @@ def embed_texts(
     """Vectors of the texts, fp32 [n, dim]; every rank calls it with the same texts and gets all vectors, in order.
 
     Identical texts run once. Batches are made of texts of similar length and hold at most `tokens_per_batch` tokens,
-    padding included (or one text).
+    padding included (or one text). If different texts all got one vector, rank 0 says so in one line: such a retriever
+    is scored like any other, so that a run can start from it or end with it.
 
     Raises:
-        ValueError: if there are no texts, if a vector is not finite, or if different texts all got one vector.
+        ValueError: if there are no texts, or if a vector is not finite.
     """
     if not texts:
         raise ValueError("no texts to embed")
@@ -63,7 +65,10 @@ def embed_texts(
     for r, part in enumerate(np.split(gather_rows(own), np.cumsum(counts)[:-1])):
         vectors[[unique[text] for text in by_length[r :: world_size()]]] = part
     vectors = vectors[[unique[text] for text in texts]]
-    _check(vectors, num_different=len(unique))
+    _check_finite(vectors)
+    if rank() == 0 and len(unique) > 1 and _collapsed(vectors):
+        problem = f"all {len(unique):,} different texts (as {kind}) got one vector; their order means nothing"
+        print(f"warning: collapsed retriever: {problem}", file=sys.stderr, flush=True)
     return vectors
 
 
@@ -107,11 +112,13 @@ def gather_rows(own: np.ndarray) -> np.ndarray:
     return np.concatenate([block for part in parts for block in part])
 
 
-def _check(vectors: np.ndarray, num_different: int) -> None:
+def _check_finite(vectors: np.ndarray) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise ValueError(f"{len(bad)} of {len(vectors)} vectors are not finite; the first texts: {bad[:5].tolist()}")
+
+
+def _collapsed(vectors: np.ndarray) -> bool:
+    """Whether all rows are one vector but for rounding."""
     spread, size = np.abs(vectors - vectors[0]).max(), np.abs(vectors[0]).max()
-    if num_different > 1 and spread <= 1e-6 * max(1.0, size):
-        first = list(range(min(5, len(vectors))))
-        raise ValueError(f"collapsed: {num_different} different texts all got one vector; the first texts: {first}")
+    return bool(spread <= 1e-6 * max(1.0, size))

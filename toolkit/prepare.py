@@ -23,16 +23,19 @@ from huggingface_hub.errors import (
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank
 from toolkit.data import stdlib_corpus
-from toolkit.data.records import fingerprint, read_source
+from toolkit.data.records import check_group_sizes, fingerprint, read_source
 from toolkit.data.spans import PassageStore, cut, write_store
 from toolkit.files import replacing_folder
 from toolkit.recipe import (
     BuildStart,
     Data,
+    FolderSource,
     FolderStart,
+    HubSource,
     HubStart,
     RecipeError,
     StdlibSource,
+    source_name,
 )
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -247,11 +250,9 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
         folder = run / "prepared" / f"passages_{data_digest(data)}"
         if not folder.is_dir():
             counts: Counter[str] = Counter()
-            groups = [
-                source for source in data.sources if not isinstance(source, StdlibSource) and source.format == "groups"
-            ]
+            form = "groups" if any(_of_groups(source) for source in data.sources) else "documents"
             with replacing_folder(folder) as work:
-                write_store(passage_texts(data, counts), work, "groups" if groups else "documents")
+                write_store(passage_texts(data, counts), work, form)
                 if not counts["passages"]:
                     raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
             _announce(data, counts, PassageStore.open(folder))
@@ -261,11 +262,19 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
 
 
 def passage_texts(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(passage, number of its document) of all sources; the numbers rise by one."""
+    """(passage, number of its document) of all sources; the numbers rise by one.
+
+    Raises:
+        RecipeError: for a malformed row, and for sources whose groups differ in size.
+    """
     document = -1
+    sizes: dict[int, str] = {}  # size of groups -> the source that has it
     for source in data.sources:
         previous: str | None = None
         for text_or_group, cut_here, name in _records(source, counts):
+            if _of_groups(source) and len(text_or_group) not in sizes:
+                sizes[len(text_or_group)] = source_name(source)
+                check_group_sizes(sizes)
             passages = _cut(text_or_group[0], data) if cut_here else text_or_group
             if not passages:
                 counts["empty"] += 1
@@ -275,6 +284,10 @@ def passage_texts(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]
             for passage in passages:
                 counts["passages"] += 1
                 yield passage, document
+
+
+def _of_groups(source: HubSource | FolderSource | StdlibSource) -> bool:
+    return not isinstance(source, StdlibSource) and source.format == "groups"
 
 
 def _records(source: Any, counts: Counter[str]) -> Iterator[tuple[list[str], bool, str | None]]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from toolkit.data.records import Record, fingerprint, load_from_hub, read_source, source_files
+from toolkit.data.records import Record, check_group_sizes, fingerprint, load_from_hub, read_source, source_files
 from toolkit.recipe import FolderSource, HubSource, RecipeError
 
 
@@ -85,6 +85,13 @@ def test_a_malformed_line_is_named_with_its_fix(tmp_path: Path, data: bytes, for
     with pytest.raises(RecipeError, match=message) as caught:
         read(tmp_path, form)
     assert "\n" not in str(caught.value)
+
+
+def test_groups_of_two_sizes_name_their_sources():
+    check_group_sizes({})
+    check_group_sizes({3: "folder: a"})
+    with pytest.raises(RecipeError, match="folder: a holds groups of 3 texts, hub: b holds groups of 4 texts; give"):
+        check_group_sizes({3: "folder: a", 4: "hub: b"})
 
 
 def test_damaged_files_are_named(tmp_path: Path):

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recipe_changes import changed
 from safetensors.numpy import load_file
-from test_errors import one_stage, start
+from test_errors import files_below, one_stage, start
 
 STAGE = "stage_0_language_model"
+KEPT = ("loss", "grad_norm", "lr", "rows")  # what the log of a resumed run must repeat
 
 
 @pytest.fixture
@@ -19,6 +21,10 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     recipe = one_stage(tmp_path, ("stages.0.optim.steps", 2), ("stages.0.save", {"every": 1, "keep": 2}))
     assert start(tmp_path, recipe, monkeypatch) == 0
     return recipe
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def unfinish(run: Path) -> Path:
@@ -35,7 +41,34 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(trained, tmp_path, m
     assert "was written by 4 ranks, this run has 1; start with 4 again" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_other_data_or_another_tokenizer_is_refused(trained, tmp_path, monkeypatch, capsys) -> None:
+    """A new file makes another tokenizer and other passages: the old weights would read ids that mean other words."""
+
+    def refused() -> str:
+        assert start(tmp_path, trained, monkeypatch) == 2
+        assert files_below(tmp_path / "run" / STAGE) == before
+        return capsys.readouterr().err.strip().splitlines()[-1].removeprefix(f"{newest}: ")
+
+    newest = unfinish(tmp_path / "run")
+    before = files_below(tmp_path / "run" / STAGE)
+    (tokenizer,) = (tmp_path / "run" / "prepared").glob("start_*/tokenizer_config.json")
+    added, whole = tmp_path / "data" / "more.jsonl", tokenizer.read_text()
+    added.write_text(json.dumps({"text": "class Added:\n    pass"}) + "\n")
+    error = refused()
+    assert error.startswith("the data changed since (digest ")
+    assert error.endswith("); put the data back, or choose another --output")
+    added.unlink()
+    tokenizer.write_text(json.dumps(json.loads(whole) | {"padding_side": "left"}))
+    error = refused()
+    assert error.startswith("the tokenizer changed since (digest ")
+    assert error.endswith("); put its files back, or choose another --output")
+    tokenizer.write_text(whole)
+    assert start(tmp_path, trained, monkeypatch) == 0
+
+
 def test_a_cut_checkpoint_is_named_and_the_one_before_still_works(trained, tmp_path, monkeypatch, capsys) -> None:
+    export = tmp_path / "run" / STAGE / "export" / "model.safetensors"
+    weights, before = load_file(export), log(tmp_path / "run")
     newest = unfinish(tmp_path / "run")
     victim = max((newest / "engine").glob("*optim_states.pt"))
     victim.write_bytes(victim.read_bytes()[:-100])
@@ -44,7 +77,10 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_still_works(trained, tmp_p
     assert error == f"{victim}: is cut short; delete this checkpoint to go on from the one before"
     shutil.rmtree(newest)
     assert start(tmp_path, trained, monkeypatch) == 0
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 2]
+    after, again = log(tmp_path / "run"), load_file(export)
+    assert [row["step"] for row in before] == [row["step"] for row in after] == [1, 2]
+    assert all(row[key] == other[key] for row, other in zip(before, after, strict=True) for key in KEPT)
+    assert weights.keys() == again.keys() and all(np.array_equal(weights[name], again[name]) for name in weights)
 
 
 def test_stages_that_have_not_begun_may_change(trained, tmp_path, monkeypatch, capsys) -> None:

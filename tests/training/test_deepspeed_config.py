@@ -48,13 +48,16 @@ def test_the_batch_is_the_same_on_any_number_of_ranks(span: str, ranks: int, row
     assert config["train_micro_batch_size_per_gpu"] == rows and config["gradient_accumulation_steps"] == forwards
 
 
-def test_offload_uses_deepspeeds_cpu_kernel_and_names_its_place(tmp_path) -> None:
-    zero = {"stage": 3, "offload_optimizer": "cpu", "offload_param": {"nvme": str(tmp_path)}}
-    config = ds_config(revela_stage(zero=zero), 1)
+def test_offload_names_its_place_and_compiles_nothing_in_cpu_memory(tmp_path) -> None:
+    nvme = {"nvme": str(tmp_path)}
+    config = ds_config(revela_stage(zero={"stage": 3, "offload_optimizer": "cpu", "offload_param": nvme}), 1)
     section = config["zero_optimization"]
-    assert not config["optimizer"]["params"]["torch_adam"]
     assert section["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert section["offload_param"] == {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": True}
+    adam = config["optimizer"]["params"]
+    assert adam["torch_adam"] and adam["fused"]
+    adam = ds_config(revela_stage(zero={"stage": 3, "offload_optimizer": nvme}), 1)["optimizer"]["params"]
+    assert not adam["torch_adam"] and "fused" not in adam
 
 
 def test_adapters_stay_whole_at_stage_3() -> None:

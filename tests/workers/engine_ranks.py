@@ -26,6 +26,11 @@ from toolkit.training.engine import build_engine, gather_trainable, train_step
 from toolkit.training.process_group import start_distributed
 
 CPU = torch.device("cpu")
+ZERO: dict[str, dict[str, Any]] = {
+    **{str(stage): {"stage": stage} for stage in range(4)},
+    "2 offloaded": {"stage": 2, "offload_optimizer": "cpu"},
+    "3 offloaded": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
+}
 
 
 def gradient_of_two_gathers() -> list[float]:
@@ -71,12 +76,12 @@ def uneven_mean() -> list[float]:
     return [float(sum_over_ranks(pool_mean(own_sum, own_count, span)) / world_size()) for span in ("world", "rank")]
 
 
-def first_update(folders: dict[str, str], zero: int, precision: str) -> float:
+def first_update(folders: dict[str, str], zero: dict[str, Any], precision: str) -> float:
     """Mean size of the adapters' B after one AdamW step from zero: Adam's first step is lr for every weight."""
-    stage = revela_stage(zero__stage=zero, precision=precision, optim__lr=1e-3, batch__pools_per_step=world_size())
+    stage = revela_stage(zero=zero, precision=precision, optim__lr=1e-3, batch__pools_per_step=world_size())
     engine = build_engine(stage, 3, CPU, Path(folders["llama"]), None, Path(folders["llama_lm"]))
     train_step(engine, stage, [random_pools(world_size(), 8)[rank()]], 0, 3, 0.0, CPU)
-    weights = gather_trainable(engine.module, zero)
+    weights = gather_trainable(engine.module, stage.zero.stage)
     engine.destroy()
     found = [weight.float().abs().mean() for name, weight in weights.items() if "lora_B" in name]
     return float(torch.stack(found).mean()) if found else 0.0
@@ -90,7 +95,7 @@ def main() -> None:
         "errors": errors(),
         "blocks": rows_in_blocks(),
         "uneven_mean": uneven_mean(),
-        "updates": {f"{p} {z}": first_update(folders, z, p) for p in ("fp32", "bf16") for z in range(4)},
+        "updates": {f"{p} {z}": first_update(folders, ZERO[z], p) for p in ("fp32", "bf16") for z in ZERO},
     }
     everyone = first_of_any_rank("" if rank() != world_size() - 1 else json.dumps(answer))
     if rank() == 0:

@@ -63,6 +63,13 @@ def read_source(source: HubSource | FolderSource, counts: Counter[str]) -> Itera
         yield record
 
 
+def check_group_sizes(sizes: dict[int, str]) -> None:
+    """RecipeError if there are groups of several sizes; `sizes`: texts of a group -> name of a source that holds it."""
+    if len(sizes) > 1:
+        found = ", ".join(f"{name} holds groups of {size} texts" for size, name in sizes.items())
+        raise RecipeError(f"data.sources: {found}; give all the same size, or use them in stages of their own")
+
+
 def fingerprint(source: HubSource | FolderSource) -> list[Any]:
     """What tells that a source has changed, without reading it all: names, sizes and times of files, or hub ids."""
     if isinstance(source, HubSource):

@@ -27,6 +27,8 @@ class RunState(NamedTuple):
     step: int
     tokens: int
     stage_digest: str
+    data_digest: str
+    tokenizer_digests: list[str]  # of the retriever's base and, for Revela, of the language model
     world_size: int
 
 
@@ -50,31 +52,41 @@ def save_checkpoint(engine: Any, folder: Path, state: RunState, keep: int) -> No
     barrier()
 
 
-def load_newest(engine: Any, folder: Path, stage_digest: str) -> RunState | None:
-    """Load the newest checkpoint into the engine on all ranks; None if there is none.
+def load_newest(engine: Any, folder: Path, fresh: RunState) -> RunState:
+    """Load the newest checkpoint into the engine on all ranks; `fresh`, the state before step 0, if there is none.
 
     Raises:
-        RecipeError: on all ranks, if the checkpoint was written by other settings or by another number of ranks, or
-            cannot be read.
+        RecipeError: on all ranks, if the checkpoint was written by other settings, from other data, with another
+            tokenizer or by another number of ranks, or cannot be read.
     """
     newest = on_rank_zero(lambda: max((str(path) for path in folder.glob("step_*")), default=None))
     if newest is None:
-        return None
-    state = on_every_rank(lambda: _check(Path(newest), stage_digest))  # before the engine, whose loading is collective
+        return fresh
+    state = on_every_rank(lambda: _check(Path(newest), fresh))  # before the engine, whose loading is collective
     on_every_rank(lambda: _load(engine, Path(newest)))
     return state
 
 
-def _check(newest: Path, stage_digest: str) -> RunState:
+def _check(newest: Path, fresh: RunState) -> RunState:
     try:
         state = RunState(**json.loads((newest / "run_state.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise RecipeError(f"{newest}: run_state.json cannot be read; {_FALL_BACK}") from None
-    if state.stage_digest != stage_digest:
+    if state.stage_digest != fresh.stage_digest:
         raise RecipeError(f"{newest}: was written by other settings; use another --output or delete the folder")
-    if state.world_size != world_size():
+    if state.data_digest != fresh.data_digest:
         raise RecipeError(
-            f"{newest}: was written by {state.world_size} ranks, this run has {world_size()}; start with "
+            f"{newest}: the data changed since (digest {state.data_digest} then, {fresh.data_digest} now); put the "
+            "data back, or choose another --output"
+        )
+    if state.tokenizer_digests != fresh.tokenizer_digests:
+        raise RecipeError(
+            f"{newest}: the tokenizer changed since (digest {', '.join(state.tokenizer_digests)} then, "
+            f"{', '.join(fresh.tokenizer_digests)} now); put its files back, or choose another --output"
+        )
+    if state.world_size != fresh.world_size:
+        raise RecipeError(
+            f"{newest}: was written by {state.world_size} ranks, this run has {fresh.world_size}; start with "
             f"{state.world_size} again"
         )
     for path in sorted((newest / TAG).glob("*.pt"))[rank() :: world_size()]:

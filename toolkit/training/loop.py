@@ -21,7 +21,7 @@ from toolkit.export_check import check_export
 from toolkit.models.backbone import DTYPES, load_tokenizer
 from toolkit.objectives import Objective
 from toolkit.objectives.language_model import LanguageModel
-from toolkit.prepare import ModelSource, resolve_model
+from toolkit.prepare import ModelSource, resolve_model, tokenizer_digest
 from toolkit.prepare_build import build_start
 from toolkit.recipe import (
     BuildStart,
@@ -92,8 +92,9 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
     engine = build_engine(
         stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
     )
-    digest = recipe.digest(index)
-    state = load_newest(engine, folder / "checkpoints", digest) or RunState(0, 0, digest, world_size())
+    tokenizers = [tokenizer_digest(source.folder) for source in sources if source is not None]
+    fresh = RunState(0, 0, recipe.digest(index), feed.digest, tokenizers, world_size())
+    state = load_newest(engine, folder / "checkpoints", fresh)
     _announce(stage, engine, feed, state)
     with Stream(
         feed.plan,
