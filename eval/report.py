@@ -28,6 +28,7 @@ FOOTNOTE = (
 class ReportRow(NamedTuple):
     label: str
     eval_folder: Path  # with the metrics.json and per_query.json of eval.run
+    start: str | None  # label of the model before training that this one goes back to
 
 
 class Section(NamedTuple):
@@ -40,6 +41,7 @@ class Section(NamedTuple):
 
 class _Scores(NamedTuple):
     label: str
+    start: str | None
     metrics: dict[str, Any]
     ndcg: dict[str, float]  # query id -> nDCG@10
 
@@ -49,7 +51,8 @@ def write_report(run: Path, rows: list[ReportRow], paths: dict[str, Path], expec
 
     Args:
         run: the run folder; its log.jsonl, if there is one, gives the curves.
-        rows: from the baseline to the last stage; each is compared with the row above it, the last one with all.
+        rows: from the baseline to the last stage; each is compared with the row above it and with its start, the last
+            one with all.
         paths: what a reader may want to open next, by name.
         expectation: one sentence: what each stage can be expected to do at this size.
 
@@ -61,7 +64,7 @@ def write_report(run: Path, rows: list[ReportRow], paths: dict[str, Path], expec
         collections = json.loads((row.eval_folder / "metrics.json").read_text(encoding="utf-8"))
         per_query = json.loads((row.eval_folder / "per_query.json").read_text(encoding="utf-8"))
         for name, metrics in collections["collections"].items():
-            by_collection[name].append(_Scores(row.label, metrics, per_query[name]["ndcg_at_10"]))
+            by_collection[name].append(_Scores(row.label, row.start, metrics, per_query[name]["ndcg_at_10"]))
     sections = [_section(name, systems) for name, systems in by_collection.items()]
     curves = plot_curves(run)
     replace_text(run / "report.md", _markdown(run, sections, curves, paths, expectation))
@@ -109,25 +112,29 @@ def _section(name: str, systems: list[_Scores]) -> Section:
     rows = []
     for place, system in enumerate(systems):
         numbers = [f"{system.metrics[key]:.4f}" for key in MAIN]
-        if place:
-            change = _compare(name, systems[place - 1], system)
-            difference = [_interval(change), _p(change)]
-        else:
-            difference = ["", ""]
-        rows.append((system.label, *numbers, *difference))
-    last, comparisons = systems[-1], []
-    for system in systems[:-1]:
-        change = _compare(name, system, last)
-        counts = f"{change.wins} queries better, {change.ties} equal, {change.losses} worse"
-        comparisons.append(f"{last.label} against {system.label}: {_interval(change)}, p {_p(change)}; {counts}")
+        change = _compare(name, systems[place - 1], system) if place else None
+        rows.append((system.label, *numbers, *([_interval(change), _p(change)] if change else ["", ""])))
+    comparisons = []
+    for place, system in enumerate(systems):
+        for other in systems[:place]:
+            unseen = other.label == system.start and other is not systems[place - 1]  # not yet in the table
+            change = _compare(name, other, system) if unseen or system is systems[-1] else None
+            if change:
+                counts = f"{change.wins} queries better, {change.ties} equal, {change.losses} worse"
+                comparisons.append(
+                    f"{system.label} against {other.label}: {_interval(change)}, p {_p(change)}; {counts}"
+                )
     title = f"{name}: {sizes['documents']:,} documents, {sizes['queries']:,} queries"
     return Section(title, rows, comparisons)
 
 
-def _compare(name: str, before: _Scores, after: _Scores) -> Comparison:
+def _compare(name: str, before: _Scores, after: _Scores) -> Comparison | None:
+    """None for a collection of fewer than two queries, which has no interval."""
     if before.metrics["revision"] != after.metrics["revision"] or before.ndcg.keys() != after.ndcg.keys():
         raise ValueError(f"{name}: {before.label} and {after.label} scored different data; evaluate one of them again")
     queries = list(before.ndcg)
+    if len(queries) < 2:
+        return None
     return compare(*(np.array([system.ndcg[query] for query in queries]) for system in (before, after)), seed=SEED)
 
 

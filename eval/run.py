@@ -9,10 +9,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from toolkit import bm25
 from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, embed_texts, gather_rows
 from toolkit.files import replace_text
+from toolkit.last_words import is_told_by_another, say
+from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.search import best, top_k
 
 MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "pytrec-eval-terrier", "mteb")
 
+Read = TypeVar("Read")
 Ranking = tuple[np.ndarray, np.ndarray]  # scores fp32 [q, k], indices of documents int64 [q, k], -1 for none
 
 
@@ -97,7 +100,7 @@ def _evaluate(
     record: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
     results: dict[str, Result] = {}
-    for task in (task for suite in [load_suite(name) for name in suites] for task in suite):
+    for task in _read_tasks(suites):
         name = task.collection.name
         if name not in results:
             results[name] = _score(task, rank_documents)
@@ -105,6 +108,25 @@ def _evaluate(
             raise RecipeError(f"suites: two different collections are called {name}; rename one of the folders")
     on_rank_zero(lambda: _write(folder, record, results))
     return {name: {key: result.means[key] for key in _main_keys(result.task)} for name, result in results.items()}
+
+
+def on_all_ranks(read: Callable[[], Read]) -> Read:
+    """What `read` returns, on each rank its own; a model or data that one of them cannot read is told by all."""
+
+    def attempt() -> Read:
+        try:
+            return read()
+        except (ValueError, ImportError, OSError) as error:
+            raise RecipeError(str(error) or type(error).__name__) from error
+
+    return on_every_rank(attempt)
+
+
+def _read_tasks(suites: list[str]) -> Iterator[Task]:
+    """The collections of all suites one after another, on every rank; all names are checked before the first."""
+    for suite in on_all_ranks(lambda: [iter(load_suite(name)) for name in suites]):
+        while (task := on_all_ranks(lambda suite=suite: next(suite, None))) is not None:
+            yield task
 
 
 def _score(task: Task, rank_documents: Callable[[Task, list[str], slice, list[np.ndarray] | None], Ranking]) -> Result:
@@ -224,10 +246,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         _run(arguments.what, arguments.suite, arguments.output)
-    except (RecipeError, RankZeroFailed, ValueError, ImportError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except RankZeroFailed:  # rank 0 says why
         return 2
+    except (RecipeError, ValueError, ImportError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    except Exception:
+        if is_told_by_another():
+            os._exit(2)  # as that rank did: the process group is broken
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -249,7 +276,8 @@ def _run(what: str, suites: list[str], output: Path | None) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         folder = output or Path(what) / "eval" / file_name("+".join(Path(suite).name for suite in suites))
         rows["BM25"], rows["retriever"] = folder / "bm25", folder
-        evaluate(load_export(Path(what), device), suites, folder, label=what, step=None)
+        retriever = on_all_ranks(lambda: load_export(Path(what), device))
+        evaluate(retriever, suites, folder, label=what, step=None)
         evaluate_bm25(suites, rows["BM25"])
     if rank() == 0:
         _print_table(rows)

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from toolkit.last_words import end_at_signals, is_first_rank, is_told_by_another, say
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -25,7 +26,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code 0; 2 after one line per problem the user can mend; 130 after Ctrl-C."""
+    """Exit code 0; 2 after one line per problem the user can mend."""
     arguments = parse_arguments()
     try:
         recipe = load_recipe(arguments.recipe, tuple(arguments.set))
@@ -36,26 +37,16 @@ def main() -> int:
             return _dry_run(recipe, arguments.stage)
         return _run(recipe, run.resolve(), arguments.stage)
     except RecipeError as error:
-        if _is_first_rank():
-            print(error, file=sys.stderr, flush=True)
+        say(str(error))
         return 2
-    except KeyboardInterrupt:
-        if _is_first_rank():
-            print(
-                "interrupted; the same command goes on from the last checkpoint, if there is one",
-                file=sys.stderr,
-                flush=True,
-            )
-        return 130
-
-
-def _is_first_rank() -> bool:
-    """True on the rank that speaks; known from the launcher's variables, before anything is imported."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    except Exception:
+        if is_told_by_another():
+            os._exit(2)  # as that rank did: the process group is broken
+        raise
 
 
 def _dry_run(recipe: Recipe, only: int | None) -> int:
-    if _is_first_rank():
+    if is_first_rank():
         from launcher.dry_run import describe
 
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -77,9 +68,9 @@ def _run(recipe: Recipe, run: Path, only: int | None) -> int:
 
 
 if __name__ == "__main__":
+    end_at_signals()
     code = main()
     distributed = sys.modules.get("torch.distributed")  # imported only if the recipe was valid
-    # Left alone, the group's threads may abort the process as it ends; after Ctrl-C its last work may never be done.
-    if code in (0, 2) and distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()  # left alone, its threads may abort the process as it ends
     sys.exit(code)

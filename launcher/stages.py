@@ -1,4 +1,4 @@
-"""The stages of a run, in order: evaluate the start, then train, export and evaluate each; then the report.
+"""The stages of a run, in order: evaluate each start, then train, export and evaluate; then the report.
 
 Called by launcher/run.py on every rank, with a valid recipe. A finished stage is skipped, an unfinished one goes on.
 """
@@ -6,13 +6,22 @@ Called by launcher/run.py on every rank, with a valid recipe. A finished stage i
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launcher.starts import (
+    bm25_is_scored,
+    evaluate_start,
+    origin,
+    score_bm25,
+    start_folder,
+    start_label,
+    start_scores,
+)
 from toolkit.collectives import on_rank_zero, world_size
 from toolkit.files import replace_text
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
@@ -31,11 +40,27 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     device = start_distributed()
     on_rank_zero(lambda: check_ahead(recipe, world_size()))
     on_rank_zero(lambda: open_run(recipe, run))
-    with mendable("start"):
-        evaluate_start(recipe, run, device)
+    if only:
+        on_rank_zero(lambda: check_order(recipe, only, run))
+    with mendable("BM25"):
+        score_bm25(recipe, run)
     for index in range(len(recipe.stages)) if only is None else [only]:
+        first = origin(recipe, index)
+        if first is not None:
+            with mendable(f"stage {first} {recipe.stages[first].name}: start"):
+                evaluate_start(recipe, first, run, device)
         run_stage(recipe, index, run, device)
-    on_rank_zero(lambda: report(recipe, run))
+    with mendable("report"):
+        on_rank_zero(lambda: report(recipe, run))
+
+
+def check_order(recipe: Recipe, index: int, run: Path) -> None:
+    """Raise RecipeError if a stage is to run whose predecessor is not finished."""
+    from toolkit.training.loop import stage_folder
+
+    if not any(is_done(stage_folder(run, recipe, i)) for i in (index, index - 1)):
+        name = recipe.stages[index].name
+        raise RecipeError(f"stage {index} {name}: the stage before it is not finished; run that first")
 
 
 def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> None:
@@ -46,8 +71,6 @@ def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> No
     if on_rank_zero(lambda: is_done(folder)):
         on_rank_zero(lambda: print(f"stage {index} {stage.name}: finished in {folder}; skipped", flush=True))
         return
-    if index and not on_rank_zero(lambda: is_done(stage_folder(run, recipe, index - 1))):
-        raise RecipeError(f"stage {index} {stage.name}: the stage before it is not finished; run that first")
     with mendable(f"stage {index} {stage.name}"):
         result = train_stage(recipe, index, run, device)
         scores = evaluate_export(recipe, index, run, device)
@@ -80,16 +103,20 @@ def check_ahead(recipe: Recipe, ranks: int) -> None:
 def open_run(recipe: Recipe, run: Path) -> None:
     """Make the run folder, or check that this recipe made it; nothing of another run is overwritten.
 
-    Stages that have not begun may differ from the run's recipe: they are taken from this one.
+    Stages that have not begun may differ from the run's recipe: they are taken from this one. A stage has begun once
+    it has logged a step.
     """
     path = run / "recipe.json"
     try:
         if path.exists():
             old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(recipe.to_json())
-            begun = [i for i, stage in enumerate(old["stages"]) if (run / f"stage_{i}_{stage['name']}").exists()]
+            logged = _logged_stages(run / "log.jsonl")
+            begun = [
+                i
+                for i, stage in enumerate(old["stages"])
+                if stage["name"] in logged or (run / f"stage_{i}_{stage['name']}").exists()
+            ]
             count = max(begun, default=-1) + 1
-            if not begun and old != new:  # the model before training may be another one now
-                (run / "start" / "done.json").unlink(missing_ok=True)
             old, new = ({**raw, "stages": raw["stages"][:count]} for raw in (old, new))
             different = _first_difference(old, new)
             if different:
@@ -102,6 +129,15 @@ def open_run(recipe: Recipe, run: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{run}: cannot be used as run folder ({reason}); choose another --output") from None
+
+
+def _logged_stages(log: Path) -> set[str]:
+    """Names of the stages that have logged a step."""
+    names = set()
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        with suppress(ValueError):  # a line cut short by a crash
+            names.add(json.loads(line)["stage"])
+    return names
 
 
 def environment() -> dict[str, Any]:
@@ -129,29 +165,9 @@ def _first_difference(old: object, new: object, path: str = "") -> str:
     return next(found, "")
 
 
-def evaluate_start(recipe: Recipe, run: Path, device: torch.device) -> None:
-    """Evaluate BM25 and the first stage's model before any training, on every suite of the recipe."""
-    from eval.run import evaluate, evaluate_bm25
-    from toolkit.embed import load_retriever
-    from toolkit.models.backbone import DTYPES
-    from toolkit.training.loop import stage_sources
-    from toolkit.training.metrics import write_eval_scalars
-
-    stage, folder = recipe.stages[0], run / "start"
-    suites = list(dict.fromkeys(suite for stage in recipe.stages for suite in stage.eval.suites))
-    if not suites or on_rank_zero(lambda: is_done(folder) and _result(folder)["suites"] == suites):
-        return
-    evaluate_bm25(suites, run / "bm25" / "eval")
-    source = stage_sources(recipe, 0, run).retriever
-    retriever = load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
-    scores = evaluate(retriever, suites, folder / "eval", label="untrained", step=0)
-    on_rank_zero(lambda: write_eval_scalars(run, scores, 0))
-    on_rank_zero(lambda: finish(folder, {"suites": suites, "scores": scores}))
-
-
 def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
     """Evaluate a stage's export as a user would load it; scores go to TensorBoard and the model card."""
-    from eval.run import evaluate
+    from eval.run import evaluate, on_all_ranks
     from toolkit.export import load_export
     from toolkit.model_card import add_scores
     from toolkit.training.loop import stage_folder
@@ -160,11 +176,11 @@ def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device)
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     if not stage.eval.suites:
         return {}
-    retriever = load_export(folder / "export", device)
+    retriever = on_all_ranks(lambda: load_export(folder / "export", device))
     step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
     scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, step=step)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
-    on_rank_zero(lambda: add_scores(folder / "export", scores, _result(run / "start")["scores"]))
+    on_rank_zero(lambda: add_scores(folder / "export", scores, start_scores(recipe, origin(recipe, index), run)))
     return scores
 
 
@@ -178,20 +194,25 @@ def finish(folder: Path, result: dict[str, Any]) -> None:
     replace_text(folder / "done.json", json.dumps(result, indent=2, default=str) + "\n")
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "done.json").read_text(encoding="utf-8"))
-
-
 def report(recipe: Recipe, run: Path) -> None:
     """Write report.md over what is finished and print its table, with the paths of what the run leaves behind."""
     from eval.report import ReportRow, write_report
     from toolkit.training.loop import stage_folder
 
-    rows = [ReportRow("BM25", run / "bm25" / "eval"), ReportRow("untrained", run / "start" / "eval")]
     folders = [stage_folder(run, recipe, index) for index in range(len(recipe.stages))]
     done = [index for index, folder in enumerate(folders) if is_done(folder)]
-    rows += [ReportRow(f"after stage {index}: {recipe.stages[index].name}", folders[index] / "eval") for index in done]
+    rows = [ReportRow("BM25", run / "bm25" / "eval", None)] if bm25_is_scored(recipe, run) else []
+    for index in done:
+        first = origin(recipe, index)
+        start = None
+        if first is not None and start_scores(recipe, first, run) is not None:
+            start = start_label(recipe, first)
+            if start not in [row.label for row in rows]:
+                rows.append(ReportRow(start, start_folder(run, first) / "eval", None))
+        if recipe.stages[index].eval.suites:
+            label = f"after stage {index}: {recipe.stages[index].name}"
+            rows.append(ReportRow(label, folders[index] / "eval", start))
     kind = "export" if recipe.stages[done[-1]].lora is None else "adapter"
     paths = {kind: folders[done[-1]] / "export", "TensorBoard": run / "tensorboard", "report": run / "report.md"}
     described = [f"Stage {i}: {stage.description}" for i, stage in enumerate(recipe.stages) if stage.description]
-    write_report(run, [row for row in rows if (row.eval_folder / "metrics.json").is_file()], paths, " ".join(described))
+    write_report(run, rows, paths, " ".join(described))

@@ -18,10 +18,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Results of BM25 and of three retrievers on one collection, and a log."""
+    """Results of BM25 and of five retrievers on one collection, and a log."""
     run, suite = tmp_path / "tiny", str(write_beir(tmp_path / "small"))
     evaluate_bm25([suite], run / "bm25")
-    for place, prefix in enumerate(("w1 ", "w2 ", "w3 ")):
+    for place, prefix in enumerate(("w1 ", "w2 ", "w3 ", "w4 ", "w5 ")):
         evaluate(tiny_retriever(passage_prefix=prefix), [suite], run / f"s{place}", label=prefix, step=place)
     log = [
         {"stage": stage, "step": step, "loss": 5 - step / 10, "lr": 1e-3, "note": "text"}
@@ -35,7 +35,10 @@ def run(tmp_path: Path) -> Path:
 
 def rows(run: Path) -> list[ReportRow]:
     folders = {"BM25": "bm25", "untrained": "s0", "after stage 0": "s1", "after stage 1": "s2"}
-    return [ReportRow(label, run / name) for label, name in folders.items()]
+    return [
+        ReportRow(label, run / name, "untrained" if label.startswith("after") else None)
+        for label, name in folders.items()
+    ]
 
 
 def ndcg(folder: Path) -> np.ndarray:
@@ -72,6 +75,37 @@ def test_report(run: Path, capsys):
     assert EXPECTATION in printed
     assert "after stage 1 against untrained" in printed
     assert table[5][1] in printed
+
+
+def comparisons(run: Path) -> list[str]:
+    lines = (run / "report.md").read_text().splitlines()
+    return [line.removeprefix("- ") for line in lines if " against " in line]
+
+
+def test_every_trained_row_is_compared_with_its_start(run: Path):
+    """In the table if the start is the row above, else below it; the last row is compared with all, nothing twice."""
+    second = [ReportRow("untrained (stage 2)", run / "s3", None)]
+    second.append(ReportRow("after stage 2", run / "s4", "untrained (stage 2)"))
+    write_report(run, rows(run) + second, {}, EXPECTATION)
+    assert [line.split(":")[0] for line in comparisons(run)] == [
+        "after stage 1 against untrained",
+        *(f"after stage 2 against {row.label}" for row in [*rows(run), second[0]]),
+    ]
+    change = compare(ndcg(run / "s0"), ndcg(run / "s2"), seed=0)
+    interval = f"{change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+    assert comparisons(run)[0].split(": ")[1].startswith(f"{interval}, p {change.p_value:.3f}; {change.wins} queries")
+
+
+def test_one_query_gives_no_difference(run: Path, tmp_path: Path):
+    suite = write_beir(tmp_path / "one")
+    judgements = (suite / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (suite / "qrels" / "test.tsv").write_text("".join(judgements[:2]))
+    for place in range(2):
+        evaluate(tiny_retriever(), [str(suite)], run / f"s{place}", label="", step=None)
+    write_report(run, [ReportRow("untrained", run / "s0", None), ReportRow("after", run / "s1", "untrained")], {}, "")
+    table = [line.split("|")[1:-1] for line in (run / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert [[bool(cell.strip()) for cell in row] for row in table[2:]] == [[True] * 4 + [False] * 2] * 2
+    assert "1 queries" in (run / "report.md").read_text() and comparisons(run) == []
 
 
 def test_report_is_a_function_of_the_results(run: Path):

@@ -111,6 +111,17 @@ def test_ranks_score_as_one_process(world_size: int, folder: Path, tmp_path: Pat
         assert read[0] == read[1]
 
 
+def test_what_one_rank_cannot_read_is_told_by_all(folder: Path, tmp_path: Path):
+    damaged = write_beir(tmp_path / "damaged")
+    (damaged / "corpus.jsonl").write_text("{\n")
+    request = {"whole": str(folder), "damaged": str(damaged), "output": str(tmp_path / "out")}
+    answer = run_on_ranks("suite_ranks.py", 2, request, tmp_path, timeout=120)
+    assert answer[0] == answer[1]
+    assert answer[0][0].startswith(f"{damaged}/corpus.jsonl: line 1: not valid JSON")
+    assert answer[0][1] == f"{folder}: cannot be read"
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_on_bm25(folder: Path, tmp_path: Path, capsys):
     assert main(["bm25", "--suite", str(folder), "--output", str(tmp_path / "out")]) == 0
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["collections"]["small:test"]

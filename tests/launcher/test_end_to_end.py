@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def test_a_run_leaves_what_is_promised(whole: Path, work: Path) -> None:
     report = (whole / "report.md").read_text()
     for row in ("BM25", "untrained", *(f"after stage {index}" for index in range(len(STAGES)))):
         assert row in report and row in (work / "whole.txt").read_text(), row
+    for stage in ("after stage 1: revela", "after stage 2: recontriever", "after stage 3: contrastive"):
+        assert report.count(f"- {stage} against untrained: ") == 1, stage
 
 
 @pytest.mark.parametrize("stage", ["stage_1_revela", "stage_2_recontriever", "stage_3_contrastive"])
@@ -140,8 +143,8 @@ def test_evaluate_alone_gives_the_scores_of_the_run(whole: Path, work: Path) -> 
     assert scores[0] == scores[1] and len(scores[0]["collection:test"]["ndcg_at_10"]) > 20
 
 
-def kill_after(lines: int, run: Path, work: Path) -> None:
-    """Start the run and kill all its processes once its log has so many lines."""
+def end_after(lines: int, run: Path, work: Path, number: signal.Signals) -> str:
+    """Start the run and send a signal to all its processes once its log has so many lines; what they said."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launcher/run.py"]
     command += [str(work / "recipe.json"), "--output", str(run)]
     with (work / "killed.txt").open("w") as output:
@@ -151,27 +154,36 @@ def kill_after(lines: int, run: Path, work: Path) -> None:
         deadline = time.monotonic() + 240
         while len(log(run)) < lines and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=60) == -number  # a shell shows 128 + number
+        deadline = time.monotonic() + 30
+        with suppress(ProcessLookupError):  # once all are gone: the launcher may go before its ranks
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+    return (work / "killed.txt").read_text()
 
 
 def test_a_killed_run_goes_on_with_the_next_batch(whole: Path, work: Path) -> None:
-    """Kill every process in two stages, start the same command again: equal losses and equal weights."""
+    """Kill every process in one stage, press Ctrl-C in the next, start the same command again: equal losses and
+    equal weights."""
     run = work / "killed"
     shutil.copytree(whole, run)
     for index, stage in enumerate(STAGES[1:], start=1):
         shutil.rmtree(run / f"stage_{index}_{stage}")
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(lines[:STEPS]))
-    starts = []
-    for stage in (1, 2):  # Revela; ReContriever, whose queue and momentum copy must come back too
-        kill_after(stage * STEPS + 3, run, work)
+    starts, advice = [], "interrupted; the same command goes on from the last checkpoint, if there is one"
+    # Revela; ReContriever, whose queue and momentum copy must come back too
+    for stage, number in ((1, signal.SIGKILL), (2, signal.SIGINT)):
+        said = end_after(stage * STEPS + 3, run, work, number)
         reached = len(log(run)) - stage * STEPS
-        assert 3 <= reached < STEPS, (work / "killed.txt").read_text()[-3000:]
+        assert 3 <= reached < STEPS, said[-3000:]
+        assert said.splitlines().count(advice) == (number == signal.SIGINT), said[-3000:]
         starts.append([reached - reached % 2, reached - reached % 2 - 2])  # a save under way may be lost
     again = launch("launcher/run.py", 2, str(work / "recipe.json"), "--output", str(run))
     assert again.returncode == 0, (again.stdout + again.stderr)[-4000:]
-    said = (work / "killed.txt").read_text() + again.stdout
+    said += again.stdout
     resumed = [int(line.split()[-1]) for line in said.splitlines() if "starts at step" in line]
     assert resumed[0] in starts[0] and resumed[1] == 0 and resumed[2] in starts[1], (resumed, starts)
     for before, after in zip(log(whole), log(run), strict=True):

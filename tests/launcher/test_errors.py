@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from beir import write_beir
+from distributed import WORKERS, launch
 from recipe_changes import changed
 from tiny import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launcher import run as launcher
+from toolkit.training import loop
 
 REPOSITORY = Path(__file__).parent.parent.parent
 QUICKSTART = REPOSITORY / "recipes" / "quickstart.json"
@@ -78,6 +82,27 @@ def test_ranks_but_the_first_say_nothing(capsys, monkeypatch, tmp_path) -> None:
     assert capsys.readouterr().err == (
         f"{tmp_path}/none.json: cannot be read (No such file or directory); give the path of a recipe\n"
     )
+
+
+def test_under_deepspeed_a_typo_is_one_line_of_one_rank() -> None:
+    done = launch("launcher/run.py", 2, str(QUICKSTART), "--set", "stages.0.optim.warmup_step=3", timeout=120)
+    said = (done.stdout + done.stderr).splitlines()
+    expected = f"{QUICKSTART}: stages.0.optim.warmup_step: unknown key; did you mean warmup_steps?"
+    assert done.returncode == 2 and said.count(expected) == 1, said
+    assert not any("Traceback" in line or line.startswith("rank ") for line in said), said
+
+
+@pytest.mark.parametrize(("ranks", "failing", "speaker"), [(2, "0 1", ""), (3, "1 2", "rank [12]: ")])
+def test_an_error_is_told_once_by_whoever_has_it(ranks, failing, speaker, tmp_path) -> None:
+    """Of all ranks: by rank 0; of others while rank 0 waits for them: by one of those."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(one_stage(tmp_path, ("stages.0.batch.pools_per_step", 6))))
+    output = ["--output", str(tmp_path / "run")]
+    done = launch(WORKERS / "failing_stage.py", ranks, str(path), *output, timeout=240, FAILING=failing)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "the model is damaged" in line]
+    assert done.returncode == 2 and len(said) == 1, done
+    assert re.fullmatch(f"{speaker}stage 0 language_model: the model is damaged", said[0]), said
+    assert "Traceback" not in done.stdout + done.stderr, done
 
 
 def malformed(folder: Path) -> list[tuple[str, Any]]:
@@ -147,6 +172,57 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path, monkeypatch, capsys) ->
     assert start(tmp_path, recipe, monkeypatch, "--output", str(tmp_path / "foreign")) == 2
     assert "is not empty and holds no recipe.json" in capsys.readouterr().err
     assert files_below(tmp_path / "foreign") == ["thesis.txt"]
+
+
+def test_a_stage_has_begun_with_its_first_step(tmp_path, monkeypatch, capsys) -> None:
+    """From then on a changed recipe is refused and nothing of the run is touched; before, it may be mended."""
+
+    def interrupted(*_: Any) -> None:
+        raise ValueError("interrupted")
+
+    suites = ("stages.0.eval.suites", [str(write_beir(tmp_path / "small"))])
+    run = tmp_path / "run"
+    with monkeypatch.context() as before_the_first_checkpoint:
+        before_the_first_checkpoint.setattr(loop, "save_checkpoint", interrupted)
+        assert start(tmp_path, one_stage(tmp_path, suites, *malformed(tmp_path)), monkeypatch) == 2
+        assert "not JSON" in capsys.readouterr().err
+        assert start(tmp_path, one_stage(tmp_path, suites), monkeypatch) == 2
+        assert "interrupted" in capsys.readouterr().err
+    before = {name: (run / name).read_bytes() for name in files_below(run)}
+    assert {"start/done.json", "log.jsonl"} < before.keys()
+    for key, value in (("stages.0.optim.lr", 0.5), ("name", "another")):
+        assert start(tmp_path, one_stage(tmp_path, suites, (key, value)), monkeypatch) == 2
+        assert f"was made by a different recipe ({key}: " in capsys.readouterr().err
+        assert {name: (run / name).read_bytes() for name in files_below(run)} == before
+    assert start(tmp_path, one_stage(tmp_path, suites), monkeypatch) == 0
+
+
+def test_another_recipe_is_refused_before_anything_is_touched(tmp_path, monkeypatch, capsys) -> None:
+    """Also where no stage has begun: the scores of the start stay."""
+    monkeypatch.setattr(loop, "train_stage", lambda *_: int("no number"))
+    suites = ("stages.0.eval.suites", [str(write_beir(tmp_path / "small"))])
+    run = tmp_path / "run"
+    assert start(tmp_path, one_stage(tmp_path, suites), monkeypatch) == 2
+    before = {name: (run / name).read_bytes() for name in files_below(run)}
+    assert start(tmp_path, one_stage(tmp_path, suites, ("name", "another")), monkeypatch) == 2
+    assert "was made by a different recipe (name: " in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in files_below(run)} == before and "start/done.json" in before
+
+
+def test_a_finished_run_ends_with_a_report_or_one_line(tmp_path, monkeypatch, capsys) -> None:
+    """A collection of one judged query has no interval; results that do not belong together are one line."""
+    suite = write_beir(tmp_path / "small")
+    judgements = (suite / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (suite / "qrels" / "test.tsv").write_text("".join(judgements[:2]))
+    recipe = one_stage(tmp_path, ("stages.0.eval.suites", [str(suite)]))
+    assert start(tmp_path, recipe, monkeypatch) == 0
+    assert "after stage 0: language_model" in (tmp_path / "run" / "report.md").read_text()
+    path = tmp_path / "run" / "start" / "eval" / "metrics.json"
+    path.write_text(path.read_text().replace('"revision": "', '"revision": "other '))
+    capsys.readouterr()
+    assert start(tmp_path, recipe, monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("report: small:test: BM25 and untrained scored different data") and error.count("\n") == 1
 
 
 def test_lora_targets_and_model_types_are_checked_against_the_model(tmp_path, monkeypatch, capsys) -> None:

@@ -1,0 +1,106 @@
+"""The models that training starts from, scored before it: which stages share one, where its scores are, its row.
+
+Called by launcher/stages.py. A start is named by the first stage that has it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.collectives import on_rank_zero
+from toolkit.files import replace_text
+from toolkit.recipe import BuildStart, Recipe, Stage
+
+
+def origin(recipe: Recipe, index: int) -> int | None:
+    """The start that stage `index` goes back to through `previous`; None if that one is not evaluated.
+
+    Evaluated are stage 0's and those that a later stage builds.
+    """
+    while recipe.stages[index].start == "previous":
+        index -= 1
+    first = next(i for i, stage in enumerate(recipe.stages) if _identity(stage) == _identity(recipe.stages[index]))
+    return first if first == 0 or isinstance(recipe.stages[first].start, BuildStart) else None
+
+
+def _identity(stage: Stage) -> dict[str, Any]:
+    """All that the scores of a stage's start depend on; a build's tokenizer is trained on the stage's data."""
+    keys = {"start", "encoder", "precision"} | ({"data"} if isinstance(stage.start, BuildStart) else set())
+    return stage.model_dump(mode="json", include=keys)
+
+
+def start_label(recipe: Recipe, first: int) -> str:
+    """How the report calls a start."""
+    name = "untrained" if isinstance(recipe.stages[first].start, BuildStart) else "before training"
+    return f"{name} (stage {first})" if first else name
+
+
+def start_folder(run: Path, first: int) -> Path:
+    """Where the scores of a start are, below the run folder."""
+    return run / (f"start_{first}" if first else "start")
+
+
+def start_scores(recipe: Recipe, first: int | None, run: Path) -> dict[str, dict[str, float]] | None:
+    """Collection -> metric -> value of a start; None if there are none, or those of another start. Rank 0 calls it."""
+    if first is None:
+        return None
+    record = _record(start_folder(run, first))
+    return record["scores"] if record is not None and _is_of(record, recipe, first) else None
+
+
+def _is_of(record: dict[str, Any], recipe: Recipe, first: int) -> bool:
+    return record.get("of") == _identity(recipe.stages[first]) and record["suites"] == _suites(recipe, first)
+
+
+def _suites(recipe: Recipe, first: int | None = None) -> list[str]:
+    """The suites of the stages that go back to a start, or of all, in their order."""
+    stages = [stage for i, stage in enumerate(recipe.stages) if first is None or origin(recipe, i) == first]
+    return list(dict.fromkeys(suite for stage in stages for suite in stage.eval.suites))
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    path = folder / "done.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def bm25_is_scored(recipe: Recipe, run: Path) -> bool:
+    """Whether <run>/bm25 has the scores of BM25 on every suite of the recipe, and there is one."""
+    suites = _suites(recipe)
+    return bool(suites) and _record(run / "bm25") == {"suites": suites}
+
+
+def score_bm25(recipe: Recipe, run: Path) -> None:
+    """Evaluate BM25 on every suite of the recipe, unless that is done."""
+    from eval.run import evaluate_bm25
+
+    suites = _suites(recipe)
+    if suites and not on_rank_zero(lambda: bm25_is_scored(recipe, run)):
+        evaluate_bm25(suites, run / "bm25" / "eval")
+        on_rank_zero(lambda: _finish(run / "bm25", {"suites": suites}))
+
+
+def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) -> None:
+    """Evaluate a start on the suites of the stages that go back to it, unless that is done."""
+    from eval.run import evaluate, on_all_ranks
+    from toolkit.embed import load_retriever
+    from toolkit.models.backbone import DTYPES
+    from toolkit.training.loop import stage_sources
+    from toolkit.training.metrics import write_eval_scalars
+
+    stage, folder, suites = recipe.stages[first], start_folder(run, first), _suites(recipe, first)
+    if not suites or on_rank_zero(lambda: start_scores(recipe, first, run) is not None):
+        return
+    source = stage_sources(recipe, first, run).retriever
+    retriever = on_all_ranks(
+        lambda: load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
+    )
+    step = sum(earlier.optim.steps for earlier in recipe.stages[:first])
+    scores = evaluate(retriever, suites, folder / "eval", label=start_label(recipe, first), step=step)
+    on_rank_zero(lambda: write_eval_scalars(run, scores, step))
+    on_rank_zero(lambda: _finish(folder, {"suites": suites, "scores": scores, "of": _identity(stage)}))
+
+
+def _finish(folder: Path, record: dict[str, Any]) -> None:
+    replace_text(folder / "done.json", json.dumps(record, indent=2) + "\n")

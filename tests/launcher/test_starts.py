@@ -1,0 +1,123 @@
+"""The models before training: which are evaluated, once, under which name, and what is compared with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from beir import write_beir
+from recipe_changes import RECIPES
+from test_errors import one_stage, start
+
+import eval.run
+from launcher.starts import origin, start_label
+from toolkit.recipe import Recipe, load_recipe
+from toolkit.training import loop
+
+
+@pytest.mark.parametrize(
+    ("name", "origins", "labels"),
+    [
+        ("quickstart", [0, 0, 2, 2], {0: "untrained", 2: "untrained (stage 2)"}),
+        ("crops_compared", [0, 0, 0], {0: "untrained"}),
+        ("fewshot", [0, 0, 0], {0: "before training"}),
+        ("revela_7b", [0], {0: "before training"}),
+    ],
+)
+def test_stages_go_back_to_these_starts(name: str, origins: list[int], labels: dict[int, str]) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.json")
+    assert [origin(recipe, index) for index in range(len(recipe.stages))] == origins
+    assert {first: start_label(recipe, first) for first in origins} == labels
+
+
+@pytest.mark.parametrize("key", ["start", "data", "encoder", "precision"])
+def test_a_build_that_differs_is_another_start(key: str) -> None:
+    raw = json.loads((RECIPES / "crops_compared.json").read_text())
+    part: Any = raw["stages"][1]
+    changes = {"start": ("layers", 2), "data": ("delete", 0.2), "encoder": ("pooling", "eos")}
+    if key == "precision":
+        part[key] = "bf16"
+    else:
+        part = {"start": lambda: part["start"]["build"], "data": lambda: part["data"]["crops"]}.get(
+            key, lambda: part["encoder"]
+        )()
+        name, value = changes[key]
+        assert part[name] != value
+        part[name] = value
+    assert [origin(Recipe.model_validate(raw), index) for index in range(3)] == [0, 1, 0]
+
+
+def test_a_later_model_that_is_not_built_has_no_row() -> None:
+    raw = json.loads((RECIPES / "fewshot.json").read_text())
+    raw["stages"][1]["start"] = {"folder": "elsewhere"}
+    assert [origin(Recipe.model_validate(raw), index) for index in range(3)] == [0, None, 0]
+
+
+@pytest.fixture
+def two_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Three stages of one step: a build, the same build again, a wider one; the check of the exports is left out."""
+    monkeypatch.setattr(loop, "check_export", lambda *_: {})
+    recipe = one_stage(tmp_path, ("stages.0.eval.suites", [str(write_beir(tmp_path / "small"))]))
+    first = recipe["stages"][0]
+    wider = json.loads(json.dumps(first))
+    wider["start"]["build"]["hidden_size"] = 64
+    recipe["stages"] = [first, first | {"name": "again"}, wider | {"name": "wider"}]
+    return recipe
+
+
+def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, monkeypatch) -> None:
+    """Also if the run is interrupted in the last stage: the starts and BM25 are not evaluated again."""
+    evaluated: list[str] = []
+    dense, lexical, train = eval.run.evaluate, eval.run.evaluate_bm25, loop.train_stage
+
+    def evaluate(*arguments: Any, label: str, step: int) -> Any:
+        evaluated.append(f"{label} at {step}")
+        return dense(*arguments, label=label, step=step)
+
+    def evaluate_bm25(*arguments: Any) -> Any:
+        evaluated.append("BM25")
+        return lexical(*arguments)
+
+    def interrupted(recipe: Recipe, index: int, *more: Any) -> Any:
+        if index == 2:
+            raise ValueError("interrupted")
+        return train(recipe, index, *more)
+
+    monkeypatch.setattr(eval.run, "evaluate", evaluate)
+    monkeypatch.setattr(eval.run, "evaluate_bm25", evaluate_bm25)
+    monkeypatch.setattr(loop, "train_stage", interrupted)
+    assert start(tmp_path, two_builds, monkeypatch) == 2
+    assert evaluated == ["BM25", "untrained at 0", "language_model at 1", "again at 2", "untrained (stage 2) at 2"]
+    monkeypatch.setattr(loop, "train_stage", train)
+    for expected in (["wider at 3"], []):
+        evaluated.clear()
+        assert start(tmp_path, two_builds, monkeypatch) == 0 and evaluated == expected
+    lines = (tmp_path / "run" / "report.md").read_text().splitlines()
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:]
+    last = "after stage 2: wider"
+    assert rows == [
+        "BM25", "untrained", "after stage 0: language_model", "after stage 1: again", "untrained (stage 2)", last
+    ]  # fmt: skip
+    against = [line.removeprefix("- ").split(": +")[0].split(": -")[0] for line in lines if " against " in line]
+    assert against == ["after stage 1: again against untrained", *(f"{last} against {row}" for row in rows[:-1])]
+    for stage, folder in (("stage_1_again", "start"), ("stage_2_wider", "start_2")):
+        card = (tmp_path / "run" / stage / "export" / "README.md").read_text()
+        row = next(line for line in card.splitlines() if "before training" in line)
+        scores = json.loads((tmp_path / "run" / folder / "done.json").read_text())["scores"]["small:test"]
+        assert f"{scores['ndcg_at_10']:.4f}" in row
+
+
+def test_a_start_is_evaluated_again_only_if_it_changed(two_builds, tmp_path, monkeypatch) -> None:
+    """Before its stage has begun: another learning rate keeps its scores, another width does not."""
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("not now")
+
+    monkeypatch.setattr(loop, "train_stage", fail)
+    done = tmp_path / "run" / "start" / "done.json"
+    assert start(tmp_path, two_builds, monkeypatch) == 2
+    written = done.stat().st_mtime_ns
+    two_builds["stages"][0]["optim"]["lr"] = 0.5
+    assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns == written
+    two_builds["stages"][0]["start"]["build"]["hidden_size"] = 64
+    assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns > written

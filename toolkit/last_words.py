@@ -1,0 +1,119 @@
+"""What ends a run is said once: by rank 0, or by the one rank that knows it. Called by the command lines.
+
+torch is imported only to ask another rank: mistakes in a recipe are answered before.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+WAIT_SECONDS = 20
+"""How long a rank waits for rank 0 to meet the same problem before it speaks itself."""
+_KEY, _OTHER_KEY, _PAUSE = "last words of rank 0", "last words of another rank", 0.2
+
+
+def is_first_rank() -> bool:
+    """True on the rank that speaks; known from the launcher's variables, before anything is imported."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+
+
+def say(problem: str) -> None:
+    """Print the problem that ends this rank, once for all ranks that have it: on rank 0, to stderr.
+
+    A rank whose problem rank 0 does not meet within WAIT_SECONDS prints it as "rank k: ..." and ends its process with
+    exit code 2: the launcher then ends the others, who may wait for it in a collective and say nothing for hours.
+    """
+    if is_first_rank():
+        _tell(problem)
+        if store := _store_of_first_rank(0):
+            store.set(_KEY, problem)
+            time.sleep(5 * _PAUSE)  # the store ends with this process: the others look first
+    elif store := _store_of_first_rank(WAIT_SECONDS):
+        _tell_alone(problem, store)
+
+
+def _tell_alone(problem: str, store: Any) -> None:
+    """`say` on another rank; of those with the same problem one speaks. Returns if rank 0 said it or is gone."""
+    from torch.distributed import DistError
+
+    deadline = time.monotonic() + WAIT_SECONDS
+    try:
+        while not store.check([_KEY]) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        if store.check([_KEY]) and store.get(_KEY).decode() == problem:
+            return
+        if store.add(problem, 1) == 1:
+            _tell("\n".join(f"rank {os.environ['RANK']}: {line}" for line in problem.splitlines()))
+        store.set(_OTHER_KEY, "")
+    except DistError:
+        return
+    os._exit(2)  # taking the process group down may need the others
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")  # at one go: other processes write to the same terminal
+    sys.stderr.flush()
+
+
+def is_told_by_another() -> bool:
+    """True where a rank other than 0 has said what ends the run: an exception met here since is only its echo."""
+    from torch.distributed import DistError
+
+    try:
+        store = _store_of_first_rank(0)
+        return store is not None and store.check([_OTHER_KEY])
+    except DistError:
+        return False
+
+
+def _store_of_first_rank(seconds: float) -> Any:
+    """A client of the store in which the ranks found each other; None if it is not there within so many seconds."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not address or not port:
+        return None
+    deadline = time.monotonic() + seconds
+    while not _listens(address, int(port)):
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(_PAUSE)
+    from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        return TCPStore(address, int(port), timeout=timedelta(seconds=WAIT_SECONDS), wait_for_workers=False)
+    except DistError:
+        return None
+
+
+def _listens(address: str, port: int) -> bool:
+    """Whether anybody does; the store's own client would log every try."""
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+
+def end_at_signals() -> None:
+    """From now on SIGINT and SIGTERM end the process at once (exit code 128 + number); after Ctrl-C rank 0 says so.
+
+    A thread does it, since the main thread may be waiting for another rank, and since the deepspeed launcher sends
+    SIGTERM right behind a Ctrl-C. What was being written counts as unwritten, as after any crash.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # in the main thread; the number has gone down the pipe before
+    threading.Thread(target=_end_at_first, args=(reading,), name="signals", daemon=True).start()
+
+
+def _end_at_first(reading: int) -> None:
+    number = os.read(reading, 1)[0]
+    if number == signal.SIGINT and is_first_rank():
+        _tell("\ninterrupted; the same command goes on from the last checkpoint, if there is one")
+    os._exit(128 + number)
