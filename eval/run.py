@@ -26,7 +26,7 @@ from toolkit import bm25
 from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, embed_texts, gather_rows
 from toolkit.files import replace_text
-from toolkit.last_words import is_told_by_another, say
+from toolkit.last_words import end, is_told_by_another, say
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.search import best, top_k
@@ -303,4 +303,4 @@ def _print_table(rows: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -5,10 +5,9 @@ Checks the recipe before it imports torch; then for each stage: train, export, e
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from toolkit.last_words import end_at_signals, is_first_rank, is_told_by_another, say
+from toolkit.last_words import end, end_at_signals, is_first_rank, is_told_by_another, say
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -69,8 +68,4 @@ def _run(recipe: Recipe, run: Path, only: int | None) -> int:
 
 if __name__ == "__main__":
     end_at_signals()
-    code = main()
-    distributed = sys.modules.get("torch.distributed")  # imported only if the recipe was valid
-    if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()  # left alone, its threads may abort the process as it ends
-    sys.exit(code)
+    end(main())

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from distributed import launch
 from steps import TEMPERATURE, padded, pairs_of, real_rows, save_model
 from tiny import rows_of_pairs, stage_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.collectives import rank, world_size
+from toolkit.last_words import end
 from toolkit.training.engine import build_engine, train_step
 from toolkit.training.process_group import start_distributed
 
@@ -164,7 +164,7 @@ def answer(folder: Path) -> None:
     answers = [worker(case) for case in json.loads((folder / "cases.json").read_text())]
     if rank() == 0:
         (folder / "answers.json").write_text(json.dumps(answers))
-    dist.destroy_process_group()
+    end(0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from reference_contrastive import ReContrieverReference, contrastive_loss
 from revela_matrix import Outcome, OwnSlice, compared, perturb, precision, two_steps, worst_of_ranks
 from tiny import random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
@@ -22,6 +21,7 @@ import toolkit.objectives.contrastive
 import toolkit.objectives.recontriever
 import toolkit.training.engine as engines
 from toolkit.collectives import rank, sum_over_ranks, world_size
+from toolkit.last_words import end
 from toolkit.objectives import build_objective
 from toolkit.objectives.contrastive import Contrastive
 from toolkit.objectives.recontriever import Momentum, ReContriever
@@ -134,4 +134,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()  # else the group's threads may abort the process as it ends
+    end(0)

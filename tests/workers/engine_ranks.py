@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tiny import random_pools, revela_stage
 
 from toolkit import embed
@@ -20,6 +19,7 @@ from toolkit.collectives import (
     sum_over_ranks,
     world_size,
 )
+from toolkit.last_words import end
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.training.engine import build_engine, gather_trainable, train_step
@@ -104,4 +104,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()  # else the group's threads may abort the process as it ends
+    end(0)

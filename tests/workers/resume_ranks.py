@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tiny import random_pools, revela_stage
 
 from toolkit.collectives import rank, world_size
+from toolkit.last_words import end
 from toolkit.recipe import Stage
 from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
 from toolkit.training.engine import build_engine, gather_trainable, train_step
@@ -85,4 +85,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()  # else the group's threads may abort the process as it ends
+    end(0)

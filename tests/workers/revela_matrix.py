@@ -21,6 +21,7 @@ from tiny import random_pools, revela_stage, rows_of
 import toolkit.objectives.revela
 import toolkit.training.engine as engines
 from toolkit.collectives import gather, rank, sum_over_ranks, world_size
+from toolkit.last_words import end
 from toolkit.models.backbone import load_causal_lm
 from toolkit.objectives.revela import Revela, build_revela
 from toolkit.recipe import RevelaObjective
@@ -226,4 +227,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()  # else the group's threads may abort the process as it ends
+    end(0)
