@@ -6,6 +6,7 @@ Called by the launcher on every rank.
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,35 +122,39 @@ def _run_steps(
 ) -> RunState:
     stage = recipe.stages[index]
     first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
-    log = Log(run, stage.name, first_step, state.step) if rank() == 0 else None
-    bar = tqdm(
-        total=stage.optim.steps, initial=state.step, desc=stage.name, unit="step", disable=rank() != 0, mininterval=2
-    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     engine.train()
     began = time.perf_counter()
-    for data in stream:
-        waited = time.perf_counter() - began
-        values = train_step(engine, stage, data.batches, data.step, recipe.seed, waited, device)
-        spent = time.perf_counter() - began
-        state = state._replace(step=data.step + 1, tokens=state.tokens + int(values["tokens"]))
-        if log is not None:
-            values |= {
-                "tokens_per_s": values["tokens"] / spent,
-                "rows_per_s": stage.batch.pool * stage.batch.pools_per_step / spent,
-                "data_wait": values["data_wait"] / spent,
-                "peak_memory_gib": peak_memory_gib(device),
-            }
-            log.write(state.step, values | {"rows": data.digest})
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-            bar.update()
-        if state.step % stage.save.every == 0 or state.step == stage.optim.steps:
-            save_checkpoint(engine, stage_folder(run, recipe, index) / "checkpoints", state, stage.save.keep)
-        began = time.perf_counter()
-    bar.close()
-    if log is not None:
-        log.close()
+    with (
+        Log(run, stage.name, first_step, state.step) if rank() == 0 else nullcontext() as log,
+        tqdm(
+            total=stage.optim.steps,
+            initial=state.step,
+            desc=stage.name,
+            unit="step",
+            disable=rank() != 0,
+            mininterval=2,
+        ) as bar,
+    ):
+        for data in stream:
+            waited = time.perf_counter() - began
+            values = train_step(engine, stage, data.batches, data.step, recipe.seed, waited, device)
+            spent = time.perf_counter() - began
+            state = state._replace(step=data.step + 1, tokens=state.tokens + int(values["tokens"]))
+            if log is not None:
+                values |= {
+                    "tokens_per_s": values["tokens"] / spent,
+                    "rows_per_s": stage.batch.pool * stage.batch.pools_per_step / spent,
+                    "data_wait": values["data_wait"] / spent,
+                    "peak_memory_gib": peak_memory_gib(device),
+                }
+                log.write(state.step, values | {"rows": data.digest})
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                bar.update()
+            if state.step % stage.save.every == 0 or state.step == stage.optim.steps:
+                save_checkpoint(engine, stage_folder(run, recipe, index) / "checkpoints", state, stage.save.keep)
+            began = time.perf_counter()
     return state
 
 

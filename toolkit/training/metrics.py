@@ -4,7 +4,7 @@ import json
 import resource
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -63,7 +63,10 @@ class Log:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{self._stage}/{name}", value, self._first + step)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         self._board.close()
 
