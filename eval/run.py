@@ -26,7 +26,7 @@ from toolkit import bm25
 from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, embed_texts, gather_rows
 from toolkit.files import replace_text
-from toolkit.last_words import end, is_told_by_another, say
+from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.search import best, top_k
@@ -246,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         _run(arguments.what, arguments.suite, arguments.output)
-    except RankZeroFailed:  # rank 0 says why
+    except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
+        time.sleep(SECONDS_TO_SPEAK)
         return 2
     except (RecipeError, ValueError, ImportError, OSError) as error:
         say(f"error: {error}")

@@ -5,9 +5,10 @@ Checks the recipe before it imports torch; then for each stage: train, export, e
 
 import argparse
 import os
+import time
 from pathlib import Path
 
-from toolkit.last_words import end, end_at_signals, is_first_rank, is_told_by_another, say
+from toolkit.last_words import SECONDS_TO_SPEAK, end, end_at_signals, is_first_rank, is_told_by_another, say
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -61,7 +62,8 @@ def _run(recipe: Recipe, run: Path, only: int | None) -> int:
 
     try:
         run_stages(recipe, run, only)
-    except RankZeroFailed:  # rank 0 says why
+    except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
+        time.sleep(SECONDS_TO_SPEAK)
         return 2
     return 0
 

@@ -11,6 +11,7 @@ import torch
 
 from toolkit.collectives import on_rank_zero
 from toolkit.files import replace_text
+from toolkit.prepare import ModelSource
 from toolkit.recipe import BuildStart, Recipe, Stage
 
 
@@ -26,7 +27,7 @@ def origin(recipe: Recipe, index: int) -> int | None:
 
 
 def _identity(stage: Stage) -> dict[str, Any]:
-    """All that the scores of a stage's start depend on; a build's tokenizer is trained on the stage's data."""
+    """All of a recipe that the scores of a stage's start depend on; a build's tokenizer comes from the stage's data."""
     keys = {"start", "encoder", "precision"} | ({"data"} if isinstance(stage.start, BuildStart) else set())
     return stage.model_dump(mode="json", include=keys)
 
@@ -86,20 +87,36 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
     from eval.run import evaluate, on_all_ranks
     from toolkit.embed import load_retriever
     from toolkit.models.backbone import DTYPES
-    from toolkit.training.loop import stage_sources
+    from toolkit.training.loop import stage_folder, stage_sources
     from toolkit.training.metrics import write_eval_scalars
 
     stage, folder, suites = recipe.stages[first], start_folder(run, first), _suites(recipe, first)
-    if not suites or on_rank_zero(lambda: start_scores(recipe, first, run) is not None):
+
+    def scored(model: list[Any] | None) -> bool:
+        return start_scores(recipe, first, run) is not None and model in (None, (_record(folder) or {}).get("model"))
+
+    finished = stage_folder(run, recipe, first) / "done.json"
+    if not suites or on_rank_zero(lambda: finished.is_file() and scored(None)):  # its start may be gone by now
         return
     source = stage_sources(recipe, first, run).retriever
+    if on_rank_zero(lambda: scored(_state(source))):
+        return
     retriever = on_all_ranks(
         lambda: load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
     )
     step = sum(earlier.optim.steps for earlier in recipe.stages[:first])
     scores = evaluate(retriever, suites, folder / "eval", label=start_label(recipe, first), step=step)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
-    on_rank_zero(lambda: _finish(folder, {"suites": suites, "scores": scores, "of": _identity(stage)}))
+    on_rank_zero(
+        lambda: _finish(folder, {"suites": suites, "scores": scores, "of": _identity(stage), "model": _state(source)})
+    )
+
+
+def _state(source: ModelSource) -> list[Any]:
+    """A model's name (of a build it holds a digest of the data), and the size and time of its weights' files."""
+    folders = [source.folder] + ([source.adapter] if source.adapter is not None else [])
+    files = sorted(path for folder in folders for path in folder.glob("*.safetensors"))
+    return [source.name, *([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
 
 
 def _finish(folder: Path, record: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 WAIT_SECONDS = 20
 """How long a rank waits for rank 0 to meet the same problem before it speaks itself."""
+SECONDS_TO_SPEAK = 3
+"""How long the other ranks stay when rank 0 is about to say what ends the run: its launcher ends it when they end."""
 _KEY, _OTHER_KEY, _PAUSE = "last words of rank 0", "last words of another rank", 0.2
 
 

@@ -175,7 +175,7 @@ class ContrastiveObjective(Section):
     )
     matryoshka: Annotated[list[Positive], Field(min_length=1)] | None = Field(
         None,
-        description="Mean of the loss over these leading dimensions (2205.13147), the model's width the last of them; "
+        description="Mean of the loss over these leading dimensions (2205.13147), the model's width among them; "
         "null: all dimensions only.",
     )
 

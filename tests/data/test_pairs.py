@@ -200,10 +200,19 @@ def test_what_is_drawn_is_a_subset_and_what_is_not_drawn_is_known(tmp_path: Path
 
 
 def known_of(records: list[tuple[int, PairRecord]]) -> dict[str, set[int]]:
-    """Keys of every query's positives, by looking through all rows."""
-    return {
-        query: {document_key(text) for _, record in records if record.query == query for text in record.positives}
+    """Keys of every query's positives that another query has or a row as hard negative, by looking through all rows."""
+    positives = {
+        query: {text for _, record in records if record.query == query for text in record.positives}
         for query in {record.query for _, record in records}
+    }
+    hard = {text for _, record in records for text in record.negatives if text not in record.positives}
+    return {
+        query: {
+            document_key(text)
+            for text in own
+            if text in hard or any(text in others for other, others in positives.items() if other != query)
+        }
+        for query, own in positives.items()
     }
 
 

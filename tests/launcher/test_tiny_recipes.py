@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ SCALARS = {
 
 
 @pytest.fixture
-def part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two of the standard library's packages in place of all; the whole would be read and tokenized for a minute."""
     for name in ("asyncio", "logging"):
         shutil.copytree(stdlib_corpus.STDLIB / name, tmp_path / "library" / name)
     part = stdlib_corpus._read(tmp_path / "library")
     monkeypatch.setattr(stdlib_corpus, "_read", lambda _: part)
     monkeypatch.setattr(stdlib_corpus, "_queries", functools.cache(stdlib_corpus._queries.__wrapped__))
+    stdlib_corpus.summary.cache_clear()
+    yield
+    stdlib_corpus.summary.cache_clear()
 
 
 @pytest.mark.parametrize("method", ["contrastive", "recontriever"])

@@ -36,6 +36,16 @@ def test_a_pool_mean_counts_tokens_not_ranks(answer: dict[str, Any]) -> None:
     assert answer["first"]["uneven_mean"] == [(5 + 10) / (1 + 4), (5 / 1 + 10 / 4) / 2]  # world: one pool; rank: two
 
 
+def test_nothing_stays_in_shared_memory(answer: dict[str, Any]) -> None:
+    assert answer["first"]["shared_memory"] == answer["last"]["shared_memory"] == []
+
+
+def test_at_its_floor_a_temperature_follows_the_pool_not_the_rank(answer: dict[str, Any]) -> None:
+    for side, alone in (("first", [50, 70]), ("last", [0, 0])):
+        assert answer[side]["floor"]["world"] == [0, pytest.approx(10)]
+        assert answer[side]["floor"]["rank"] == pytest.approx(alone)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero", ["0", "1", "2", "3", "2 offloaded", "3 offloaded"])
 def test_the_first_step_is_adams_at_every_stage(answer: dict[str, Any], zero: str, precision: str) -> None:

@@ -1,11 +1,14 @@
 """Worker: what the collectives and the engine do on several ranks. Request: model folders; answer: figures by name."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
 from tiny import random_pools, revela_stage
 
 from toolkit import embed
@@ -20,6 +23,7 @@ from toolkit.collectives import (
     world_size,
 )
 from toolkit.last_words import end
+from toolkit.objectives.contrastive import Scale
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.training.engine import build_engine, gather_trainable, train_step
@@ -76,6 +80,28 @@ def uneven_mean() -> list[float]:
     return [float(sum_over_ranks(pool_mean(own_sum, own_count, span)) / world_size()) for span in ("world", "rank")]
 
 
+def shared_memory() -> list[str]:
+    """What the ranks of this group hold in /dev/shm by name; DeepSpeed's collectives use it here."""
+    assert deepspeed.comm.comm.cdb.shm_comm_op is not None
+    dist.barrier()
+    return [path.name for path in Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*")]
+
+
+def at_the_floor(span: str) -> list[float]:
+    """Gradient of a learned temperature at its floor (log factor 7), where the ranks ask for the opposite.
+
+    Of the scale they ask +0.5 and -0.7, then +0.7 and -0.5.
+    """
+    found = []
+    for asked in ((0.5, -0.7), (0.7, -0.5)):
+        log_factor = torch.tensor(7.0, requires_grad=True)
+        scale: Any = Scale.apply(log_factor, 0.05, span)
+        scale.backward(torch.tensor(asked[rank()]))
+        assert log_factor.grad is not None
+        found.append(float(log_factor.grad))
+    return found
+
+
 def first_update(folders: dict[str, str], zero: dict[str, Any], precision: str) -> float:
     """Mean size of the adapters' B after one AdamW step from zero: Adam's first step is lr for every weight."""
     stage = revela_stage(zero=zero, precision=precision, optim__lr=1e-3, batch__pools_per_step=world_size())
@@ -95,6 +121,8 @@ def main() -> None:
         "errors": errors(),
         "blocks": rows_in_blocks(),
         "uneven_mean": uneven_mean(),
+        "shared_memory": shared_memory(),
+        "floor": {span: at_the_floor(span) for span in ("world", "rank")},
         "updates": {f"{p} {z}": first_update(folders, ZERO[z], p) for p in ("fp32", "bf16") for z in ZERO},
     }
     everyone = first_of_any_rank("" if rank() != world_size() - 1 else json.dumps(answer))

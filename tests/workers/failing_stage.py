@@ -1,7 +1,6 @@
 """launcher/run.py with a training loop that fails on the ranks named by FAILING, or on all of them."""
 
 import os
-import sys
 
 from launcher import run
 from toolkit import last_words
@@ -19,4 +18,4 @@ def train_stage(*_: object) -> None:
 
 loop.train_stage = train_stage  # pyright: ignore[reportAttributeAccessIssue]
 last_words.WAIT_SECONDS = 3  # pyright: ignore[reportConstantRedefinition]
-sys.exit(run.main())
+last_words.end(run.main())

@@ -279,7 +279,7 @@ class PairBatch(NamedTuple):
     query_key: Tensor  # int64 [rows]
     positive_key: Tensor  # int64 [rows, positives]; -1 where absent
     negative_key: Tensor  # int64 [rows, negatives]; -1 where absent
-    known_key: Tensor  # int64 [rows, K]: all positives of the query, of whatever row; then -1. K: this batch's largest.
+    known_key: Tensor  # int64 [rows, K]: positives of the query in any row that a pool may hold as others; then -1
     weight: Tensor  # float32 [rows]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean
+from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, sum_over_ranks, world_size
 from toolkit.data.pairs import PairBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.contrastive import InfoNCE, info_nce
@@ -64,7 +64,7 @@ class Contrastive(Objective):
         """1 / temperature."""
         if self.log_factor is None:
             return 1 / self.settings.temperature
-        return _Scale.apply(self.log_factor[0].float(), self.settings.temperature)  # pyright: ignore
+        return Scale.apply(self.log_factor[0].float(), self.settings.temperature, self.batch.span)  # pyright: ignore
 
     def pool(self, query: Tensor, document: Tensor, batch: PairBatch) -> Pool:
         """Vectors and keys of the whole pool; gathered once, whatever the number of sizes and directions."""
@@ -121,23 +121,26 @@ class Contrastive(Objective):
         return gather(torch.cat([keys, keys[:, -1:].expand(-1, missing)], 1))
 
 
-class _Scale(torch.autograd.Function):
+class Scale(torch.autograd.Function):
     """exp(log factor) / temperature, at most 1 / LOWEST_TEMPERATURE; there the gradient that asks for more is zero.
 
-    One that asks for less is that of the bound itself, however far the factor is above it.
+    One that asks for less is that of the bound itself, however far the factor is above it. Which of them it is, a whole
+    pool decides: the ranks of a pool share the mean of their gradients, whatever their number.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_factor: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, log_factor: Tensor, temperature: float, span: str) -> Tensor:
+        ctx.span = span
         free = log_factor.exp() / temperature
         scale = free.clamp(max=1 / LOWEST_TEMPERATURE)
         ctx.save_for_backward(scale, free >= 1 / LOWEST_TEMPERATURE)
         return scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         scale, at_bound = ctx.saved_tensors
-        return torch.where(at_bound, grads[0].clamp(min=0), grads[0]) * scale, None
+        grad = sum_over_ranks(grads[0]) / world_size() if ctx.span == "world" else grads[0]
+        return torch.where(at_bound, grad.clamp(min=0), grad) * scale, None, None
 
 
 def _held_by_two(query_keys: Tensor, document_keys: Tensor) -> Tensor:

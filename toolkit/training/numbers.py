@@ -31,7 +31,7 @@ def parameter_counts(
 
     Raises:
         RecipeError: if the recipe's LoRA targets match no module, inputs are longer than the language model's sliding
-            window, Matryoshka dimensions do not end with all of them, or the stage is full fine-tuning of a
+            window, no Matryoshka size is the model's width, or the stage is full fine-tuning of a
             multi-billion model under gradient caching.
         ValueError: if inputs are longer than the retriever reads, or a model's type is not supported.
     """
