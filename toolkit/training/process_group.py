@@ -37,7 +37,7 @@ def start_distributed() -> torch.device:
 
 
 def _release_shared_memory() -> None:
-    """Unlink the 66 MiB a rank that DeepSpeed's CPU collectives share, and never unlink, once all ranks have them mapped.
+    """Unlink the 66 MiB a rank that DeepSpeed's CPU collectives share and never unlink, once all have mapped them.
 
     Every run would leave its part in /dev/shm, which is memory, until the machine restarts.
     """
