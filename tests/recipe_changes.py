@@ -11,7 +11,7 @@ from toolkit.recipe import RecipeError, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY = json.loads((RECIPES / "tiny" / "revela.json").read_text())
-MISSING = object()
+MISSING = type("MISSING", (), {})  # its name is the same in every process, which pytest-xdist needs
 BUILD = "stages.0.start.build"
 LM_START = "stages.1.objective.language_model.start"
 START_FIX = 'write "previous", {"hub": "<model id>"}, {"folder": "<path>"} or {"build": {...}}'
