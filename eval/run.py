@@ -256,9 +256,6 @@ def main(argv: list[str] | None = None) -> int:
         if is_told_by_another():
             os._exit(2)  # as that rank did: the process group is broken
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

@@ -30,10 +30,12 @@ OURS = {
     "toolkit.bm25": ABOVE_MODELS,
     "toolkit.prepare": ABOVE_MODELS,
     "toolkit.prepare_build": ABOVE_MODELS | {"toolkit.prepare"},
-    "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare"},
-    "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare"},
+    "toolkit.prepare_sources": ABOVE_MODELS | {"toolkit.prepare"},
+    "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
+    "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
+    "toolkit.last_words": set(),
     "toolkit": {"toolkit"},
-    "eval": ABOVE_MODELS | {"eval", "toolkit.export"},
+    "eval": ABOVE_MODELS | {"eval", "toolkit.export", "toolkit.prepare", "toolkit.last_words"},
     "launcher": {"toolkit", "eval", "launcher"},
 }
 # What of others the modules that must stay light may import besides the standard library.
