@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from toolkit.search import best, top_k
 MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "pytrec-eval-terrier", "mteb")
 
-Read = TypeVar("Read")
 Ranking = tuple[np.ndarray, np.ndarray]  # scores fp32 [q, k], indices of documents int64 [q, k], -1 for none
 
 
@@ -110,22 +109,10 @@ def _evaluate(
     return {name: {key: result.means[key] for key in _main_keys(result.task)} for name, result in results.items()}
 
 
-def on_all_ranks(read: Callable[[], Read]) -> Read:
-    """What `read` returns, on each rank its own; a model or data that one of them cannot read is told by all."""
-
-    def attempt() -> Read:
-        try:
-            return read()
-        except (ValueError, ImportError, OSError) as error:
-            raise RecipeError(str(error) or type(error).__name__) from error
-
-    return on_every_rank(attempt)
-
-
 def _read_tasks(suites: list[str]) -> Iterator[Task]:
     """The collections of all suites one after another, on every rank; all names are checked before the first."""
-    for suite in on_all_ranks(lambda: [iter(load_suite(name)) for name in suites]):
-        while (task := on_all_ranks(lambda suite=suite: next(suite, None))) is not None:
+    for suite in on_every_rank(lambda: [iter(load_suite(name)) for name in suites]):
+        while (task := on_every_rank(lambda suite=suite: next(suite, None))) is not None:
             yield task
 
 
@@ -274,7 +261,7 @@ def _run(what: str, suites: list[str], output: Path | None) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         folder = output or Path(what) / "eval" / file_name("+".join(Path(suite).name for suite in suites))
         rows["BM25"], rows["retriever"] = folder / "bm25", folder
-        retriever = on_all_ranks(lambda: load_export(Path(what), device))
+        retriever = on_every_rank(lambda: load_export(Path(what), device))
         evaluate(retriever, suites, folder, label=what, step=None)
         evaluate_bm25(suites, rows["BM25"])
     if rank() == 0:

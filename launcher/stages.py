@@ -24,6 +24,7 @@ from launcher.starts import (
 )
 from toolkit.collectives import on_rank_zero, world_size
 from toolkit.files import replace_text
+from toolkit.prepare import on_every_rank
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "numpy")
@@ -167,7 +168,7 @@ def _first_difference(old: object, new: object, path: str = "") -> str:
 
 def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
     """Evaluate a stage's export as a user would load it; scores go to TensorBoard and the model card."""
-    from eval.run import evaluate, on_all_ranks
+    from eval.run import evaluate
     from toolkit.export import load_export
     from toolkit.model_card import add_scores
     from toolkit.training.loop import stage_folder
@@ -176,7 +177,7 @@ def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device)
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     if not stage.eval.suites:
         return {}
-    retriever = on_all_ranks(lambda: load_export(folder / "export", device))
+    retriever = on_every_rank(lambda: load_export(folder / "export", device))
     step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
     scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, step=step)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))

@@ -11,7 +11,7 @@ import torch
 
 from toolkit.collectives import on_rank_zero
 from toolkit.files import replace_text
-from toolkit.prepare import ModelSource
+from toolkit.prepare import ModelSource, on_every_rank
 from toolkit.recipe import BuildStart, Recipe, Stage
 
 
@@ -84,7 +84,7 @@ def score_bm25(recipe: Recipe, run: Path) -> None:
 
 def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) -> None:
     """Evaluate a start on the suites of the stages that go back to it, unless that is done."""
-    from eval.run import evaluate, on_all_ranks
+    from eval.run import evaluate
     from toolkit.embed import load_retriever
     from toolkit.models.backbone import DTYPES
     from toolkit.training.loop import stage_folder, stage_sources
@@ -101,7 +101,7 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
     source = stage_sources(recipe, first, run).retriever
     if on_rank_zero(lambda: scored(_state(source))):
         return
-    retriever = on_all_ranks(
+    retriever = on_every_rank(
         lambda: load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
     )
     step = sum(earlier.optim.steps for earlier in recipe.stages[:first])

@@ -1,7 +1,9 @@
 """What a stage starts from: passages, a built model, and models in folders or on the hub."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from transformers import AutoTokenizer
 from toolkit import prepare
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
-from toolkit.prepare import ModelSource, prepare_passages, resolve_model
+from toolkit.prepare import ModelSource, passage_texts, prepare_passages, resolve_model
 from toolkit.prepare_build import build_start
 from toolkit.recipe import BuildModel, BuildStart, BuildTokenizer, Data, FolderStart, HubStart, RecipeError
 
@@ -45,7 +47,7 @@ def make_build(**tokenizer: object) -> BuildModel:
 
 def test_documents_are_cut_and_numbered_in_order(tmp_path: Path, capsys):
     data = make_data(tmp_path / "in", {"text": "a b\nc d\ne"}, {"text": "..."}, {"text": ""}, {"text": "f"})
-    store = prepare_passages(data, tmp_path)
+    store = prepare_passages(data, tmp_path / "run")
     assert store.texts(range(3)) == ["a b\nc d", "e", "f"] and store.document.tolist() == [0, 0, 1]
     said = capsys.readouterr().out
     assert (
@@ -57,14 +59,14 @@ def test_documents_are_cut_and_numbered_in_order(tmp_path: Path, capsys):
 def test_passages_of_one_document_stay_together(tmp_path: Path):
     rows = [{"text": t, "d": d} for t, d in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "x"))]
     data = make_data(tmp_path / "in", *rows, format="passages", fields={"document": "d"})
-    assert prepare_passages(data, tmp_path).document.tolist() == [0, 0, 1, 2]
+    assert prepare_passages(data, tmp_path / "run").document.tolist() == [0, 0, 1, 2]
     alone = make_data(tmp_path / "in", *rows, format="passages")
-    assert prepare_passages(alone, tmp_path).document.tolist() == [0, 1, 2, 3]
+    assert prepare_passages(alone, tmp_path / "run").document.tolist() == [0, 1, 2, 3]
 
 
 def test_groups_keep_their_size(tmp_path: Path):
     data = make_data(tmp_path / "in", ["a", "b", "c"], ["d", "e", "f"], format="groups")
-    store = prepare_passages(data, tmp_path)
+    store = prepare_passages(data, tmp_path / "run")
     assert store.group_size == 3 and store.document.tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -77,10 +79,10 @@ def test_groups_of_two_sources_have_one_size(tmp_path: Path):
     def together(*parts: Data) -> Data:
         return wide.model_copy(update={"sources": [source for part in parts for source in part.sources]})
 
-    store = prepare_passages(together(wide, equal), tmp_path)
+    store = prepare_passages(together(wide, equal), tmp_path / "run")
     assert store.group_size == 3 and store.document.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(RecipeError) as caught:
-        prepare_passages(together(wide, equal, narrow), tmp_path)
+        prepare_passages(together(wide, equal, narrow), tmp_path / "run")
     assert str(caught.value) == (
         f"data.sources: folder: {tmp_path}/wide holds groups of 3 texts, folder: {tmp_path}/narrow holds groups of 2 "
         "texts; give all the same size, or use them in stages of their own"
@@ -89,22 +91,38 @@ def test_groups_of_two_sources_have_one_size(tmp_path: Path):
 
 def test_the_cache_is_used_until_data_or_settings_change(tmp_path: Path, monkeypatch):
     data = make_data(tmp_path / "in", {"text": "a b c"})
-    first = prepare_passages(data, tmp_path)
+    first = prepare_passages(data, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_store", None)  # writing again would fail
-        assert prepare_passages(data, tmp_path).digest == first.digest
+        assert prepare_passages(data, tmp_path / "run").digest == first.digest
+        os.utime(tmp_path / "in" / "rows.jsonl", (1, 1))  # the same content at another time
+        assert prepare_passages(data, tmp_path / "run").digest == first.digest
         with pytest.raises(TypeError):
-            prepare_passages(data.model_copy(update={"interleave": 2}), tmp_path)
-    assert prepare_passages(make_data(tmp_path / "in", {"text": "a b c d"}), tmp_path).texts([0]) == ["a b c d"]
+            prepare_passages(data.model_copy(update={"interleave": 2}), tmp_path / "run")
+    assert prepare_passages(make_data(tmp_path / "in", {"text": "a b c d"}), tmp_path / "run").texts([0]) == ["a b c d"]
+
+
+def test_files_that_change_while_passages_are_cut_are_refused(tmp_path: Path, monkeypatch):
+    data = make_data(tmp_path / "in", {"text": "a"})
+
+    def growing(*arguments: Any) -> Iterator[tuple[str, int]]:
+        yield from passage_texts(*arguments)
+        make_data(tmp_path / "in", {"text": "a"}, {"text": "b"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "passage_texts", growing)
+        with pytest.raises(RecipeError, match=r"folder: .*in changed while it was read; start again when it is done$"):
+            prepare_passages(data, tmp_path / "run")
+    assert prepare_passages(data, tmp_path / "run").texts(range(2)) == ["a", "b"]
 
 
 def test_bad_data_leaves_nothing_that_would_be_taken_for_good(tmp_path: Path):
     with pytest.raises(RecipeError, match="no text in 2 rows"):
-        prepare_passages(make_data(tmp_path / "in", {"text": " "}, {"text": "--"}), tmp_path)
+        prepare_passages(make_data(tmp_path / "in", {"text": " "}, {"text": "--"}), tmp_path / "run")
     with pytest.raises(RecipeError, match="line 2: 'text' holds the number 3"):
-        prepare_passages(make_data(tmp_path / "in", {"text": "a"}, {"text": 3}), tmp_path)
-    assert not [path for path in (tmp_path / "prepared").iterdir() if not path.name.startswith(".")]
-    assert len(prepare_passages(make_data(tmp_path / "in", {"text": "a"}), tmp_path)) == 1
+        prepare_passages(make_data(tmp_path / "in", {"text": "a"}, {"text": 3}), tmp_path / "run")
+    assert not [path for path in (tmp_path / "run" / "prepared").iterdir() if not path.name.startswith(".")]
+    assert len(prepare_passages(make_data(tmp_path / "in", {"text": "a"}), tmp_path / "run")) == 1
 
 
 def test_every_rank_gets_the_same_store_or_the_same_error(tmp_path: Path):
@@ -151,7 +169,7 @@ def test_words_keep_letters_and_digits_alone():
 
 def test_a_built_model_loads_and_its_end_token_can_learn(tmp_path: Path):
     data = make_data(tmp_path / "in", {"text": CODE}, {"text": "more text"})
-    folder = build_start(make_build(), data, 5, tmp_path)
+    folder = build_start(make_build(), data, 5, tmp_path / "run")
     source = resolve_model(BuildStart(build=make_build()), previous=None, previous_kind="encoder", built=folder)
     assert source == ModelSource(folder, str(folder), None)
     model: Any = load_causal_lm(folder, torch.float32, "sdpa")
@@ -160,10 +178,14 @@ def test_a_built_model_loads_and_its_end_token_can_learn(tmp_path: Path):
     assert embeddings.weight.shape == (400, 16) and embeddings.padding_idx is None
     assert embeddings.weight[tokenizer.eos_token_id].norm() > 0
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.eos_token_id
-    again = build_start(make_build(), data, 5, tmp_path / "elsewhere")
+    again = build_start(make_build(), data, 5, tmp_path / "elsewhere" / "run")
     for name in ("model.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
-    assert build_start(make_build(), data, 6, tmp_path) != folder == build_start(make_build(), data, 5, tmp_path)
+    assert (
+        build_start(make_build(), data, 6, tmp_path / "run")
+        != folder
+        == build_start(make_build(), data, 5, tmp_path / "run")
+    )
 
 
 # --------------------------------------------------------------------------- where models are

@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank
 from toolkit.data import stdlib_corpus
-from toolkit.data.records import check_group_sizes, fingerprint, read_source
+from toolkit.data.records import check_group_sizes, read_source
 from toolkit.data.spans import PassageStore, cut, write_store
 from toolkit.files import replacing_folder
+from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import (
     BuildStart,
     Data,
@@ -43,7 +44,6 @@ NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other format
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER_PARTS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
 
 Store = TypeVar("Store")
 
@@ -155,12 +155,12 @@ def _check_model_folder(folder: Path, name: str) -> None:
 
 
 def on_every_rank(work: Callable[[], Any]) -> Any:
-    """What `work` returns, on each rank its own; a RecipeError of any rank is raised on all of them."""
+    """What `work` returns, on each rank its own; what one of them cannot read is a RecipeError on all of them."""
     result, problem = None, ""
     try:
         result = work()
-    except RecipeError as error:
-        problem = str(error)
+    except (RecipeError, ValueError, ImportError, OSError) as error:
+        problem = str(error) or type(error).__name__
     problem = first_of_any_rank(problem)
     if problem:
         raise RecipeError(problem)
@@ -247,7 +247,8 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
     """
 
     def write() -> str:
-        folder = run / "prepared" / f"passages_{data_digest(data)}"
+        known = known_sources(data.sources, run.parent / "prepared")
+        folder = run / "prepared" / f"passages_{data_digest(data, known)}"
         if not folder.is_dir():
             counts: Counter[str] = Counter()
             form = "groups" if any(_of_groups(source) for source in data.sources) else "documents"
@@ -255,6 +256,7 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
                 write_store(passage_texts(data, counts), work, form)
                 if not counts["passages"]:
                     raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
+                check_unchanged(known)
             _announce(data, counts, PassageStore.open(folder))
         return str(folder)
 
@@ -302,25 +304,23 @@ def _records(source: Any, counts: Counter[str]) -> Iterator[tuple[list[str], boo
 
 
 def _cut(text: str, data: Data) -> list[str]:
-    assert data.passages is not None  # the recipe demands it of documents
+    assert data.passages is not None  # of documents
     return cut(text, data.passages.unit, data.passages.max_words)
 
 
-def data_digest(data: Data) -> str:
-    sources = [
-        stdlib_corpus.summary()["digest"] if isinstance(source, StdlibSource) else fingerprint(source)
-        for source in data.sources
-    ]
-    return hashlib.sha256(json.dumps([data.model_dump(mode="json"), sources]).encode()).hexdigest()[:16]
+def data_digest(data: Data, known: list[KnownSource]) -> str:
+    """16 hex digits of what the sources hold, wherever they lie, and of how it is read and cut."""
+    sources = [[source.model_dump(mode="json", exclude={"folder"}), content] for source, _, content in known]
+    settings = data.model_dump(mode="json", exclude={"sources"})
+    return hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()[:16]
 
 
 def _announce(data: Data, counts: Counter[str], store: PassageStore) -> None:
-    meta = store.meta
     library = stdlib_corpus.summary() if any(isinstance(source, StdlibSource) for source in data.sources) else {}
+    of_library = "".join(f"; {key.replace('_', ' ')} {value}" for key, value in library.items())
     print(
         f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
-        f"{meta['documents']:,} documents, {meta['passages']:,} passages, digest {meta['digest']}"
-        + "".join(f"; {key.replace('_', ' ')} {value}" for key, value in library.items()),
+        f"{store.meta['documents']:,} documents, {len(store):,} passages, digest {store.digest}{of_library}",
         flush=True,
     )
 

@@ -12,6 +12,7 @@ from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
 from toolkit.files import replacing_folder
 from toolkit.models.backbone import build_llama, llama_config
 from toolkit.prepare import data_digest, document_texts, passage_texts, together
+from toolkit.prepare_sources import known_sources
 from toolkit.recipe import BuildModel, Data
 
 
@@ -21,7 +22,8 @@ def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
     Raises:
         RecipeError: for malformed or empty data, the same on every rank.
     """
-    key = json.dumps([build.model_dump(mode="json"), together(lambda: data_digest(data)), seed])
+    digest = together(lambda: data_digest(data, known_sources(data.sources, run.parent / "prepared")))
+    key = json.dumps([build.model_dump(mode="json"), digest, seed])
     folder = run / "prepared" / f"start_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def write() -> None:

@@ -106,14 +106,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def controls() -> list[dict[str, Any]]:
-    """Known mistakes: each must miss the bounds, or the measure sees nothing."""
+    """Known mistakes: each must miss the bounds in fp64 and in fp32, or the measure sees nothing."""
     factors = {key: values[0] for key, values in (PLACEMENT | MODEL).items()} | {"span": "world"}
     names = ("own_slice_backward", "no_world_size", "mean_of_own_rows")
     found = [as_case("contrastive", 0, factors | {"objective": {}}) | {"control": name} for name in names]
     in_batch = as_case("recontriever", 0, factors | {"objective": {"queue": None}, "normalize": True})
     queue = as_case("recontriever", 0, factors | {"objective": {"queue": QUEUE}, "normalize": True})
     found += [in_batch | {"control": name} for name in names[:2]]
-    return found + [queue | {"control": name} for name in ("keys_of_the_query_encoder", "momentum_stands_still")]
+    found += [queue | {"control": name} for name in ("keys_of_the_query_encoder", "momentum_stands_still")]
+    return [mistake | {"fp64": fp64} for mistake in found for fp64 in (True, False)]
 
 
 def exact(case: dict[str, Any], answer: dict[str, float]) -> bool:
@@ -128,7 +129,7 @@ def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str],
     answers = run_on_ranks("contrastive_matrix.py", world_size, request, folder, timeout=3500)
     assert len(answers) == len(cases) + len(mistakes)
     for mistake, answer in zip(mistakes, answers[len(cases) :], strict=True):
-        assert not exact(mistake, answer), f"{mistake['control']} went unnoticed: {answer}"
+        assert not exact(mistake, answer), f"{mistake} went unnoticed: {answer}"
     results = zip(cases, answers[: len(cases)], strict=True)
     wrong = [(case, answer) for case, answer in results if not exact(case, answer)]
     assert not wrong, f"{len(wrong)} of {len(cases)} cases are off: {wrong[:3]}"

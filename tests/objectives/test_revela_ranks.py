@@ -66,10 +66,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def controls() -> list[dict[str, Any]]:
-    """Known mistakes: each must miss the bounds, or the measure sees nothing."""
+    """Known mistakes: each must miss the bounds in fp64 and in fp32, or the measure sees nothing."""
     factors = {key: values[0] for key, values in (PLACEMENT | METHOD).items()} | {"span": "world"}
     names = ("own_slice_backward", "no_world_size", "mean_of_own_tokens")
-    return [as_case(0, factors) | {"control": name} for name in names]
+    return [as_case(0, factors) | {"control": name, "fp64": fp64} for name in names for fp64 in (True, False)]
 
 
 def exact(answer: dict[str, float]) -> bool:
@@ -83,7 +83,7 @@ def check(world_size: int, cases: list[dict[str, Any]], folders: dict[str, str],
     answers = run_on_ranks("revela_matrix.py", world_size, request, folder, timeout=3500)
     assert len(answers) == len(cases) + len(mistakes)
     for mistake, answer in zip(mistakes, answers[len(cases) :], strict=True):
-        assert not exact(answer), f"{mistake['control']} went unnoticed: {answer}"
+        assert not exact(answer), f"{mistake} went unnoticed: {answer}"
     results = zip(cases, answers[: len(cases)], strict=True)
     wrong = [(case, answer) for case, answer in results if not exact(answer)]
     assert not wrong, f"{len(wrong)} of {len(cases)} cases are off: {wrong[:3]}"
