@@ -119,6 +119,28 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return _GatherWithGrad.apply(x) if is_distributed() else x  # pyright: ignore[reportReturnType]
 
 
+def exchange_rows(x: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Callable[[], None]]:
+    """Rows for other ranks against theirs, without gradient; under way when it returns.
+
+    Args:
+        x: [sum(sent), ...], `sent[r]` rows for rank r, in rank order.
+        received: rows that come from each rank.
+
+    Returns:
+        [sum(received), ...] in rank order, and a function that waits until it is there.
+    """
+    x = x.contiguous()
+    result = x.new_empty(sum(received), *x.shape[1:])
+    work: Any = dist.all_to_all_single(result, x, received, sent, async_op=True)
+    pending = [(work, x)]  # what is sent must live as long
+
+    def wait() -> None:
+        if pending:
+            pending.pop()[0].wait()
+
+    return result, wait
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of a tensor over ranks, without gradient."""
     total = x.detach().clone()

@@ -147,6 +147,17 @@ class RevelaObjective(Section):
     half_query: bool = Field(description="The query side is the first half of the passage's tokens.")
     dual_loss: bool = Field(description="Add the plain next-token loss of pass 1 with weight 1.")
     detach_kv: bool = Field(description="Stop gradients through the cached keys and values (same retriever gradient).")
+    min_weight: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Passages of at most this weight are not read: time and memory follow the pairs that are. 0 leaves "
+        "out zeros alone and is exact; above it, a similarity loses a gradient of at most this over the temperature.",
+    )
+    max_sources: Positive | None = Field(
+        None, description="Most passages that a row reads, by weight; null: any number."
+    )
+    max_dropped_mass: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="The run stops if a pool's rows lose more of their weight than this on average."
+    )
     language_model: RevelaLanguageModel
 
 

@@ -1,73 +1,17 @@
-"""The in-batch term against the dense form, for every supported model type; its memory; what is refused."""
+"""In-batch attention in every supported model type against the dense form; what is refused."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from reference import NAME, in_batch_term, revela_loss
+from reference import NAME, revela_loss
 from tiny import TARGETS, random_pools, revela_stage, save_model
 from torch import Tensor
 from transformers import AutoConfig
 
 import toolkit.slicing
 from toolkit.models.backbone import CAUSAL_TYPES, add_lora, check_window, load_causal_lm, read_config
-from toolkit.models.inbatch_attention import read_others
 from toolkit.objectives.revela import Revela, build_revela
-
-LENGTHS = (3, 9, 5, 1)
-
-
-def layer(sources: int, length: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    q = torch.randn(sources, 4, length, 8, dtype=dtype, requires_grad=True)
-    kv = torch.randn(2, sources, 2, length, 8, dtype=dtype, requires_grad=True)
-    w = torch.rand(sources, sources, dtype=dtype, requires_grad=True)
-    return {"q": q, "kv": kv, "w": w}
-
-
-@pytest.mark.parametrize("v_norm", [True, False])
-def test_equals_dense_form(v_norm: bool) -> None:
-    x, length = layer(len(LENGTHS), max(LENGTHS)), max(LENGTHS)
-    real = torch.arange(length)[None] < torch.tensor(LENGTHS)[:, None]
-    found = read_others(x["q"], *x["kv"], LENGTHS, x["w"], 0.3, v_norm)
-    k, v = (t.repeat_interleave(2, 1) for t in x["kv"])
-    expected = in_batch_term(x["q"], k, v, real=real, w=x["w"], scaling=0.3, v_norm=v_norm)
-    mixing = torch.randn_like(expected)
-    for a, b in zip(
-        torch.autograd.grad((found * mixing).sum(), list(x.values())),
-        torch.autograd.grad((expected * mixing).sum(), list(x.values())),
-        strict=True,
-    ):
-        assert float((a - b).abs().max() / b.abs().max()) < 1e-12
-    assert float((found - expected).detach().abs().max()) < 1e-12
-    other = read_others(x["q"], *x["kv"], LENGTHS, x["w"], 0.3, not v_norm)
-    assert float((other - expected).detach().abs().max()) > 1e-2
-
-
-def saved_bytes(sources: int, length: int, dense: bool) -> int:
-    x = layer(sources, length, torch.float32)
-    sizes: dict[int, int] = {}
-
-    def note(t: Tensor) -> Tensor:
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        if dense:
-            k, v = (t.repeat_interleave(2, 1) for t in x["kv"])
-            out = in_batch_term(x["q"], k, v, real=torch.ones(sources, length), w=x["w"], scaling=0.3, v_norm=True)
-        else:
-            out = read_others(x["q"], *x["kv"], (length,) * sources, x["w"], 0.3, True)
-    assert out.requires_grad
-    return sum(sizes.values())
-
-
-def test_saved_memory_is_linear_in_the_pool_and_in_the_length() -> None:
-    base = saved_bytes(8, 32, dense=False)
-    assert saved_bytes(16, 32, dense=False) < 2.2 * base
-    assert saved_bytes(8, 64, dense=False) < 2.2 * base
-    assert saved_bytes(16, 32, dense=True) > 3.5 * saved_bytes(8, 32, dense=True)  # the measure sees a square
-    assert saved_bytes(16, 64, dense=True) > 50 * saved_bytes(16, 64, dense=False)
 
 
 @pytest.mark.parametrize("kind", CAUSAL_TYPES)

@@ -27,6 +27,7 @@ METHOD = {
     "fp64": [True, False],
     "arch": ["llama", "qwen3"],
     "temperature": [0.05, 1e-4],
+    "sparse": [{}, {"min_weight": 0.08}, {"max_sources": 3}],
     "v_norm": [True, False],
     "dual_loss": [False, True],
     "detach_kv": [False, True],
@@ -44,6 +45,9 @@ def as_case(number: int, factors: dict[str, Any]) -> dict[str, Any]:
         "encoder__pooling": factors["pooling"],
     } | {f"objective__{key}": factors[key] for key in ("temperature", "v_norm", "dual_loss", "detach_kv")}
     changes |= {f"batch__{key}": value for key, value in factors["forward"].items()}
+    changes |= {f"objective__{key}": value for key, value in factors["sparse"].items()} | {
+        "objective__max_dropped_mass": 1
+    }
     return {"arch": factors["arch"], "fp64": factors["fp64"], "seed": number, "changes": changes}
 
 
@@ -68,7 +72,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def controls() -> list[dict[str, Any]]:
     """Known mistakes: each must miss the bounds in fp64 and in fp32, or the measure sees nothing."""
     factors = {key: values[0] for key, values in (PLACEMENT | METHOD).items()} | {"span": "world"}
-    names = ("own_slice_backward", "no_world_size", "mean_of_own_tokens")
+    names = ("own_slice_backward", "keys_without_gradient", "no_world_size", "mean_of_own_tokens")
     return [as_case(0, factors) | {"control": name, "fp64": fp64} for name in names for fp64 in (True, False)]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fp64 import fp64_inside
+from read_others import read_others
 from tiny import revela_stage
 
 from toolkit.data.spans import collate_revela
@@ -18,7 +19,9 @@ from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_predicted
 from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
 from toolkit.models.encoder import Encoder
-from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, Others, PoolMemory, read_others
+from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, Others
+from toolkit.models.read_pairs import keep, pair_up
+from toolkit.objectives.pool_memory import share_pool
 from toolkit.objectives.revela import Revela
 from toolkit.recipe import RevelaObjective
 from toolkit.slicing import in_slices, plan_slices
@@ -55,8 +58,10 @@ def run(
     dual = how.get("dual", False)
     slices = plan_slices(torch.ones_like(text.attention_mask), rows, None)  # of full width, as `memory` is
     kv, plain = in_slices(lambda t: model.keys_values(t, dual), slices, text)
-    memory = PoolMemory(kv.detach() if how.get("detach") else kv, tuple(text.attention_mask.sum(1).tolist()))
-    nll = in_slices(lambda t, weights: model.row_nll(t, weights, memory), slices, text, w)
+    kept = keep(w.detach(), 0.0, None)
+    kv = kv.detach() if how.get("detach") else kv
+    memory, _ = share_pool(kv, text.attention_mask.sum(1), kept.any(0), "rank")
+    nll = in_slices(lambda t, *pairs: model.row_nll(t, *pairs, memory), slices, text, w, kept)
     tokens = num_predicted(text.attention_mask)
     ((nll.sum() + plain.sum() * dual) / tokens).backward()
     found = {"revela_loss": nll.sum() / tokens, "seq_loss": plain.sum() / tokens, "grad_sim": similarity.grad}
@@ -111,16 +116,15 @@ def test_logits_and_the_term_of_one_layer() -> None:
     given, expected = load(CASES[0])
     lengths = tuple(given["attention_mask"].sum(1).tolist())
     q, k, v, w = (torch.tensor(expected[name]) for name in ("q_l0", "k_l0", "v_l0", "weights"))
-    term = read_others(q, k, v, lengths, w, None, v_norm=True).transpose(1, 2).flatten(2)
-    assert error(term, expected["inbatch_out_l0"]) < 1e-9
-    assert (
-        error(read_others(q, k, v, lengths, w, None, False).transpose(1, 2).flatten(2), expected["inbatch_out_l0"])
-        > 0.1
-    )
+    terms = {v_norm: read_others(q, k, v, lengths, w, q.shape[-1] ** -0.5, v_norm) for v_norm in (True, False)}
+    off = {v_norm: error(term.transpose(1, 2).flatten(2), expected["inbatch_out_l0"]) for v_norm, term in terms.items()}
+    assert off[True] < 1e-9 and off[False] > 0.1
     causal_lm = load_causal_lm(FIXTURES / "reference", torch.float64, INBATCH_ATTENTION)
     model, text = InBatchLanguageModel(causal_lm, True), Tokens(*(torch.tensor(given[k]) for k in Tokens._fields))
-    memory = PoolMemory(model.keys_values(text, False)[0], lengths)
-    states = model._states(text, others=Others(memory, w, True))
+    kept, length = keep(w, 0.0, None), text.attention_mask.sum(1)
+    memory, _ = share_pool(model.keys_values(text, False).keys_values, length, kept.any(0), "rank")
+    pairs = pair_up(w, kept, memory.place, length, memory.length)
+    states = model._states(text, others=Others(memory.layers, pairs, True))
     real = torch.tensor(given["attention_mask"]).bool()
     assert error(causal_lm.lm_head(states)[real], expected["logits"][real.numpy()]) < 1e-9  # pyright: ignore
 

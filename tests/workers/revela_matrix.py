@@ -23,6 +23,7 @@ import toolkit.training.engine as engines
 from toolkit.collectives import gather, rank, sum_over_ranks, world_size
 from toolkit.last_words import end
 from toolkit.models.backbone import load_causal_lm
+from toolkit.objectives import pool_memory
 from toolkit.objectives.revela import Revela, build_revela
 from toolkit.recipe import RevelaObjective
 from toolkit.training.process_group import start_distributed
@@ -87,11 +88,16 @@ class OwnSlice(torch.autograd.Function):
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
-# Mistakes that must be seen at span world: name -> (function of the objective, what stands in for it)
+# Mistakes that must be seen at span world: name -> (module, function of it, what stands in for it)
 CONTROLS = {
-    "own_slice_backward": ("gather_with_grad", OwnSlice.apply),
-    "no_world_size": ("pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
-    "mean_of_own_tokens": ("pool_mean", lambda own, count, span: own / count),
+    "own_slice_backward": (toolkit.objectives.revela, "gather_with_grad", OwnSlice.apply),
+    "keys_without_gradient": (
+        pool_memory,
+        "_send",
+        lambda own, route, send=pool_memory._send: send(own.detach(), route),
+    ),
+    "no_world_size": (toolkit.objectives.revela, "pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
+    "mean_of_own_tokens": (toolkit.objectives.revela, "pool_mean", lambda own, count, span: own / count),
 }
 
 
@@ -217,8 +223,8 @@ def main() -> None:
     start_distributed()
     answers = []
     for case in request["cases"]:
-        name, stand_in = CONTROLS.get(case.get("control"), ("rank", rank))
-        with mock.patch.object(toolkit.objectives.revela, name, stand_in):
+        place, name, stand_in = CONTROLS.get(case.get("control"), (toolkit.objectives.revela, "rank", rank))
+        with mock.patch.object(place, name, stand_in):
             answers.append(run_case(case, request["folders"]))
     answers = worst_of_ranks(answers)
     if rank() == 0:

@@ -1,7 +1,7 @@
 """A causal language model whose attention also reads the other passages of its pool (Revela, arXiv 2506.16552).
 
 Called by the Revela objective. Works on unmodified transformers models through the attention interface. Legend of
-shapes: T target rows, S source passages, H query heads, G key/value heads, R = H / G, L length, d head dimension.
+shapes: T target rows, S source passages, H query heads, G key/value heads, L length, d head dimension.
 """
 
 from typing import Any, NamedTuple
@@ -10,26 +10,22 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.data.tokens import Tokens
 from toolkit.losses.language import row_nll
+from toolkit.models.read_pairs import Pairs, PoolLayer, pair_up, read_pairs
 
 INBATCH_ATTENTION = "inbatch"  # the name under which `attn_implementation` finds it
-NORM_EPS = 1e-6  # added to the attended norm, as the authors do
-PAD_CHANNELS = 8  # the value norm travels as an extra channel; kernels want head dimensions in multiples of 8
 
 
 class PoolMemory(NamedTuple):
-    """What pass 2 reads of the pool: the only state that passages share.
+    """What pass 2 reads of the pool: the only state that passages share."""
 
-    keys_values [S, 2, layers, G, L, d]: keys after rotary embedding and values of pass 1; lengths: real tokens of each.
-    """
-
-    keys_values: Tensor
-    lengths: tuple[int, ...]
+    layers: list[tuple[Tensor, PoolLayer]]  # ticket, and keys after rotary embedding with values of pass 1
+    place: Tensor  # int64 [pool], where the layers hold each passage that some row of this rank reads
+    length: Tensor  # int64 [S], real tokens of each passage that is held
 
 
 class FirstPass(NamedTuple):
@@ -40,10 +36,10 @@ class FirstPass(NamedTuple):
 
 
 class Others(NamedTuple):
-    """The in-batch term of one forward: the pool and how much each row (of T) reads each passage (of S)."""
+    """The in-batch term of one forward: the pool, and what the rows read of it."""
 
-    memory: PoolMemory
-    weights: Tensor  # [T, S]
+    layers: list[tuple[Tensor, PoolLayer]]
+    pairs: Pairs
     v_norm: bool
 
 
@@ -66,9 +62,14 @@ class InBatchLanguageModel(nn.Module):
             nll = self._row_nll(states, tokens)
         return FirstPass(torch.stack([kept[layer] for layer in sorted(kept)], dim=2), nll)
 
-    def row_nll(self, tokens: Tokens, weights: Tensor, memory: PoolMemory) -> Tensor:
-        """Pass 2: row_nll [rows] where every layer adds what it reads of the pool, weighted by `weights` [rows, S]."""
-        return self._row_nll(self._states(tokens, others=Others(memory, weights, self.v_norm)), tokens)
+    def row_nll(self, tokens: Tokens, weights: Tensor, kept: Tensor, memory: PoolMemory) -> Tensor:
+        """Pass 2: row_nll [T] where every layer adds what it reads of the pool, weighted by `weights`.
+
+        Args:
+            weights: [T, pool]; kept: bool [T, pool], the pairs that are read.
+        """
+        pairs = pair_up(weights, kept, memory.place, tokens.attention_mask.sum(1), memory.length)
+        return self._row_nll(self._states(tokens, others=Others(memory.layers, pairs, self.v_norm)), tokens)
 
     def _states(self, tokens: Tokens, **extra: Any) -> Tensor:
         causal_lm = self.causal_lm.get_base_model() if isinstance(self.causal_lm, PeftModel) else self.causal_lm
@@ -108,61 +109,11 @@ def attention_with_others(
         # Written, never appended: a layer runs again when its activations are recomputed.
         keep[module.layer_idx] = torch.stack([key, value], dim=1)
     if others is not None:
-        keys, values = others.memory.keys_values[:, :, module.layer_idx].unbind(1)
-        output = output + read_others(
-            query, keys, values, others.memory.lengths, others.weights, scaling, others.v_norm
-        )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = output + read_pairs(query, *others.layers[module.layer_idx], others.pairs, scale, others.v_norm)
     return output.transpose(1, 2).contiguous(), None
 
 
 # Both are needed: without the mask a model under this attention would silently get none.
 AttentionInterface.register(INBATCH_ATTENTION, attention_with_others)
 AttentionMaskInterface.register(INBATCH_ATTENTION, sdpa_mask)
-
-
-def read_others(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: tuple[int, ...],
-    weights: Tensor,
-    scaling: float | None,
-    v_norm: bool,
-) -> Tensor:
-    """sum_j w_ij b_ij for every target i: [T, H, L, d] in the dtype of `query`.
-
-    One attention call per source j, over all targets' queries as one sequence, without mask, recomputed in the backward
-    pass: saved memory is O(T H L d), never T S L^2. Grouped heads are folded into the sequence, so keys and values are
-    not copied. Weights and the sum are fp32 (fp64 for fp64).
-
-    Shapes: query [T, H, L, d], keys and values [S, G, L, d], weights [T, S]; lengths: real tokens of each source.
-    """
-    T, H, L, d = query.shape
-    S, G = keys.shape[:2]
-    scale = d**-0.5 if scaling is None else scaling
-    sequence = query.reshape(T, G, H // G, L, d).transpose(0, 1).reshape(1, G, T * (H // G) * L, d)
-    if v_norm:  # the padded channels are zero in the keys too, so scores do not change
-        sequence = F.pad(sequence, (0, PAD_CHANNELS))
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    total = torch.zeros(G, T, (H // G) * L, d, dtype=dtype, device=query.device)
-    for j in range(S):
-        key, value = keys[j, None, :, : lengths[j]], values[j, None, :, : lengths[j]]
-        weight = weights[:, j].to(dtype)
-        total = total + checkpoint(
-            _read_one, sequence, key, value, weight, scale, v_norm, use_reentrant=False, preserve_rng_state=False
-        )  # pyright: ignore[reportOperatorIssue]
-    return total.to(query.dtype).view(G, T, H // G, L, d).transpose(0, 1).reshape(T, H, L, d)
-
-
-def _read_one(sequence: Tensor, key: Tensor, value: Tensor, weight: Tensor, scale: float, v_norm: bool) -> Tensor:
-    """w_ij b_ij for one source j: [G, T, R L, d]; sequence [1, G, T R L, d (+ 8)], key and value [1, G, L_j, d]."""
-    d = value.shape[-1]
-    if v_norm:  # b_ij = A_ij V_j / (A_ij ||V_j|| + eps): the norms are one more value channel of the same call
-        norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
-        value = F.pad(torch.cat([value, norm], -1), (0, PAD_CHANNELS - 1))
-        key = F.pad(key, (0, PAD_CHANNELS))
-    read = F.scaled_dot_product_attention(sequence, key, value, scale=scale)[0].to(weight.dtype)
-    if v_norm:
-        read = read[..., :d] / (read[..., d : d + 1] + NORM_EPS)
-    rows = weight.shape[0]
-    return read.view(read.shape[0], rows, -1, d) * weight[None, :, None, None]

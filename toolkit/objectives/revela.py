@@ -3,21 +3,24 @@
 One next-token loss trains both; the language model is thrown away afterwards.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, rank
+from toolkit.collectives import gather, gather_with_grad, pool_mean, rank, sum_over_ranks
 from toolkit.data.spans import RevelaBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_predicted
 from toolkit.models.backbone import DTYPES, adapted, check_window, load_causal_lm, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
-from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel, PoolMemory
+from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel
+from toolkit.models.read_pairs import keep
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import recompute_layers
+from toolkit.objectives.pool_memory import share_pool
 from toolkit.recipe import Batch, RevelaObjective, Stage
 from toolkit.slicing import in_slices, padding, plan_slices
 
@@ -48,16 +51,24 @@ class Revela(Objective):
         query = in_slices(self.encoder, of_query, batch.query)
         passage = in_slices(self.encoder, of_passage, batch.passage)
         weights = self.weights(query, gather_with_grad(passage) if self.span == "world" else passage)
+        kept = self._keep(weights.detach())
         length = batch.text.input_ids.shape[1]
         keys_values, plain = in_slices(lambda text: self._first_pass(text, length), of_text, batch.text)
-        memory = self.memory(keys_values, batch.text.attention_mask)
-        in_batch = in_slices(lambda text, w: self.language_model.row_nll(text, w, memory), of_text, batch.text, weights)
+        keys_values = keys_values.detach() if self.settings.detach_kv else keys_values
+        memory, traffic = share_pool(keys_values, batch.text.attention_mask.sum(1), kept.any(0), self.span)
+        second_pass = partial(self.language_model.row_nll, memory=memory)
+        in_batch = in_slices(second_pass, of_text, batch.text, weights, kept)
         tokens = num_predicted(batch.text.attention_mask)
         nll = in_batch.sum() + plain.sum() if self.settings.dual_loss else in_batch.sum()
-        parts = self._parts(weights.detach(), batch.document)
+        parts = self._parts(weights.detach(), kept, batch.document)
         for name, row_sums in {"in_batch_nll": in_batch, "plain_nll": plain, "gain": plain - in_batch}.items():
             parts[name] = (row_sums.detach().sum(), tokens)
         parts["padding"] = padding(slices, tokens.device)
+        for name, num_bytes in traffic._asdict().items():
+            parts[f"keys_values_mib_{name}"] = (
+                tokens.new_tensor(num_bytes / 2**20, dtype=torch.float64),
+                tokens.new_ones(()),
+            )
         return Loss(pool_mean(nll, tokens, self.span), parts)
 
     def _first_pass(self, text: Tokens, length: int) -> FirstPass:
@@ -78,22 +89,29 @@ class Revela(Objective):
         itself = F.one_hot(own, len(passage)).bool()
         return (similarity / self.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
 
-    def memory(self, keys_values: Tensor, attention_mask: Tensor) -> PoolMemory:
-        """Keys and values of the whole pool [S, 2, layers, G, L, d]; gathered once for all layers."""
-        lengths = attention_mask.sum(1)
-        if self.settings.detach_kv:
-            keys_values = keys_values.detach()
-        if self.span == "world":
-            length = max_over_ranks(keys_values.shape[-2], keys_values.device)
-            keys_values = F.pad(keys_values, (0, 0, 0, length - keys_values.shape[-2]))
-            keys_values, lengths = gather_with_grad(keys_values), gather(lengths)
-        return PoolMemory(keys_values, tuple(lengths.tolist()))
+    def _keep(self, weights: Tensor) -> Tensor:
+        """Which pairs are read, bool [rows, S].
+
+        Raises:
+            ValueError: on all ranks, if the pool's rows lose more weight on average than the recipe allows.
+        """
+        kept = keep(weights, self.settings.min_weight, self.settings.max_sources)
+        if self.settings.min_weight > 0 or self.settings.max_sources is not None:
+            dropped = torch.stack([_dropped(weights, kept).sum(), weights.new_tensor(float(len(weights)))]).double()
+            dropped, rows = (sum_over_ranks(dropped) if self.span == "world" else dropped).tolist()
+            if dropped / rows > self.settings.max_dropped_mass:
+                raise ValueError(
+                    f"objective.max_dropped_mass: a pool's rows lost {dropped / rows:.3g} of their weight on average, "
+                    f"above {self.settings.max_dropped_mass:g}; lower min_weight or the temperature, raise "
+                    "max_sources, or allow more"
+                )
+        return kept
 
     def _first_row(self, rows: int) -> int:
         return rank() * rows if self.span == "world" else 0
 
-    def _parts(self, weights: Tensor, document: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Row entropy (nats), weight on passages of the same document, and whether a row learns at all."""
+    def _parts(self, weights: Tensor, kept: Tensor, document: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Row entropy (nats), weight on passages of the same document, whether a row learns at all; what is read."""
         weights = weights.float()
         documents = gather(document) if self.span == "world" else document
         same = (document[:, None] == documents[None]).float()
@@ -101,8 +119,15 @@ class Revela(Objective):
         return {
             "row_entropy": (torch.special.entr(weights).sum(), rows),
             "weight_same_document": ((weights * same).sum(), rows),
+            "kept_sources": (kept.sum().float(), rows),
+            "dropped_mass": (_dropped(weights, kept).sum(), rows),
             "rows_with_gradient": ((1 - weights.square().sum(1) > LEARNING_ROW).float().sum(), rows),
         }
+
+
+def _dropped(weights: Tensor, kept: Tensor) -> Tensor:
+    """Weight of each row on pairs that are not read: [rows]."""
+    return weights.masked_fill(kept, 0).sum(1)
 
 
 def build_revela(
