@@ -110,6 +110,7 @@ def test_keeps_what_is_above_the_least_weight_and_the_largest_of_a_row() -> None
     w = torch.tensor([[0.0, 0.6, 0.3, 0.1], [0.25, 0.0, 0.25, 0.5]])
     assert keep(w, 0.0, None).tolist() == [[False, True, True, True], [True, False, True, True]]
     assert keep(w, 0.25, None).tolist() == [[False, True, True, False], [False, False, False, True]]
+    assert keep(w, 0.0, 2).tolist()[1] == [True, False, False, True]  # of equals the first
     assert keep(w, 0.0, 1).tolist() == [[False, True, False, False], [False, False, False, True]]
     assert keep(w, 0.0, 9).equal(keep(w, 0.0, None))
     assert keep(torch.tensor([[0.0, 1.0, 0.0]]), 0.0, 2).tolist() == [[False, True, False]]

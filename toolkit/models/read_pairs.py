@@ -68,7 +68,7 @@ def keep(weights: Tensor, min_weight: float, max_sources: int | None) -> Tensor:
     """
     kept = weights > min_weight
     if max_sources is not None and max_sources < weights.shape[1]:
-        largest = weights.topk(max_sources, dim=1).indices
+        largest = weights.sort(dim=1, descending=True, stable=True).indices[:, :max_sources]  # of equals the first
         kept &= torch.zeros_like(kept).scatter_(1, largest, True)
     return kept
 
@@ -181,9 +181,8 @@ def _read(
         value = torch.cat([value, torch.linalg.vector_norm(value, dim=-1, keepdim=True)], -1)
     read = (attend_by_flash if _by_flash(query) else attend_by_matmul)(query, key, value, pairs, step, scale)
     read = read.to(_sum_dtype(read.dtype))
-    if v_norm:
-        read = read[..., :d] / (read[..., d : d + 1] + NORM_EPS)
-    return read * weight.to(read.dtype)[:, None, None, None]
+    factor = weight.to(read.dtype)[:, None, None, None]
+    return read[..., :d] * (factor / (read[..., d:] + NORM_EPS)) if v_norm else read * factor
 
 
 def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, step: slice, scale: float) -> Tensor:
