@@ -110,7 +110,8 @@ def attention_with_others(
         keep[module.layer_idx] = torch.stack([key, value], dim=1)
     if others is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = output + read_pairs(query, *others.layers[module.layer_idx], others.pairs, scale, others.v_norm)
+        ticket, layer = others.layers[module.layer_idx]
+        output = output + read_pairs(query, ticket, layer, others.pairs, scale, others.v_norm)
     return output.transpose(1, 2).contiguous(), None
 
 

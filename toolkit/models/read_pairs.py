@@ -120,7 +120,7 @@ class _ReadPairs(torch.autograd.Function):
         layer.ready()
         total = torch.zeros_like(query, dtype=_sum_dtype(query.dtype))
         for step in _steps(query, pairs):
-            read = _read(*_parts(query, layer, weight, pairs, step), pairs, step, scale, v_norm)
+            read = _read(_parts(query, layer, weight, pairs, step), pairs, step, scale, v_norm)
             total.index_add_(0, pairs.target[step], read)
         return total.to(query.dtype)
 
@@ -131,9 +131,9 @@ class _ReadPairs(torch.autograd.Function):
         grad = grad.to(_sum_dtype(grad.dtype))
         grad_query, grad_weight = torch.zeros_like(grad), torch.zeros_like(weight)
         for step in _steps(query, pairs):
-            parts = [part.detach().requires_grad_() for part in _parts(query, layer, weight, pairs, step)]
+            parts = _Parts(*(x.detach().requires_grad_() for x in _parts(query, layer, weight, pairs, step)))
             with torch.enable_grad():
-                read = _read(*parts, pairs, step, scale, v_norm)
+                read = _read(parts, pairs, step, scale, v_norm)
             of_query, key, value, grad_weight[step] = torch.autograd.grad(read, parts, grad[pairs.target[step]])
             grad_query.index_add_(0, pairs.target[step], of_query.to(grad_query.dtype))
             if ctx.needs_input_grad[2]:
@@ -166,16 +166,23 @@ def _by_flash(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-def _parts(query: Tensor, layer: PoolLayer, weight: Tensor, pairs: Pairs, step: slice) -> list[Tensor]:
-    """Copies of what the pairs of a step read: query [p, H, L, d], key and value [p, G, l, d], weight [p]."""
+class _Parts(NamedTuple):
+    """Copies of what the pairs of a step read."""
+
+    query: Tensor  # [p, H, L, d]
+    key: Tensor  # [p, G, l, d]
+    value: Tensor
+    weight: Tensor  # [p]
+
+
+def _parts(query: Tensor, layer: PoolLayer, weight: Tensor, pairs: Pairs, step: slice) -> _Parts:
     rows = layer.keys_values[:, :, :, : pairs.source_lengths[step.start]].index_select(0, pairs.source[step])
-    return [query.index_select(0, pairs.target[step]), rows[:, 0], rows[:, 1], weight[step]]
+    return _Parts(query.index_select(0, pairs.target[step]), rows[:, 0], rows[:, 1], weight[step])
 
 
-def _read(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, pairs: Pairs, step: slice, scale: float, v_norm: bool
-) -> Tensor:
+def _read(parts: _Parts, pairs: Pairs, step: slice, scale: float, v_norm: bool) -> Tensor:
     """w_ij b_ij of the pairs of a step: [p, H, L, d] in the dtype of the sum."""
+    query, key, value, weight = parts
     d = query.shape[-1]
     if v_norm:  # the norms are one more value channel of the same attention
         value = torch.cat([value, torch.linalg.vector_norm(value, dim=-1, keepdim=True)], -1)
@@ -208,10 +215,12 @@ def attend_by_flash(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, ste
     of_target, of_source = pairs.target_lengths[step], pairs.source_lengths[step]
     real = _real_tokens(pairs.target_length[step], of_target, L)
     real_keys = _real_tokens(pairs.source_length[step], of_source, key.shape[2])
-    packed = [_pack(query, real, pairs.target_length[step], of_target, channels)]
-    for x in (key, value):
-        packed.append(_pack(x.repeat_interleave(repeats, 1), real_keys, pairs.source_length[step], of_source, channels))
-    read = F.scaled_dot_product_attention(*packed, scale=scale).transpose(1, 2).values()[..., :width]
+    q = _pack(query, real, pairs.target_length[step], of_target, channels)
+    k, v = (
+        _pack(x.repeat_interleave(repeats, 1), real_keys, pairs.source_length[step], of_source, channels)
+        for x in (key, value)
+    )
+    read = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).values()[..., :width]
     padded = read.new_zeros(p * L, H, width).index_copy(0, real, read)
     return padded.view(p, L, H, width).transpose(1, 2)
 
