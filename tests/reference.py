@@ -60,7 +60,7 @@ def revela_loss(encoder: Encoder, causal_lm: nn.Module, pools: list[RevelaBatch]
         w = similarity.masked_fill(torch.eye(len(q), dtype=torch.bool), float("-inf")).softmax(-1)
         w = torch.where(w.detach() > how.min_weight, w, 0)
         if how.max_sources is not None:
-            rank = w.detach().neg().argsort(1, stable=True).argsort(1)
+            rank = w.detach().neg().argsort(dim=1, stable=True).argsort(dim=1)
             w = torch.where(rank < how.max_sources, w, 0)
         store: dict[int, tuple[Tensor, Tensor]] = {}
         plain = next_token_sum(causal_lm, pool.text, store=store)
