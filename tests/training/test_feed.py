@@ -12,6 +12,7 @@ from recipe_changes import RECIPES, changed, write
 from toolkit.data.tokens import frame
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer
+from toolkit.prepare import ModelSource
 from toolkit.recipe import BuildTokenizer, Recipe, RecipeError, load_recipe
 from toolkit.training.feed import Feed, data_seed, open_feed
 
@@ -43,7 +44,9 @@ def feed(data: Path, tokenizer_folder: Path, tmp_path: Path) -> Open:
     def of(recipe: str | dict[str, Any], index: int, *overrides: str, folder: Path = tokenizer_folder) -> Feed:
         path = RECIPES / f"{recipe}.json" if isinstance(recipe, str) else write(tmp_path, recipe)
         found = on(load_recipe(path, overrides), index, data)
-        return open_feed(found, index, tmp_path / "run", load_tokenizer(tokenizer_folder), folder, None)
+        return open_feed(
+            found, index, tmp_path / "run", load_tokenizer(tokenizer_folder), ModelSource(folder, ""), None, "cpu"
+        )
 
     return of
 
@@ -144,6 +147,7 @@ def test_limits_of_stages_that_go_on_are_nested(tmp_path: Path, data: Path, toke
     recipe, tokenizer = Recipe.model_validate_json(json.dumps(raw)), load_tokenizer(tokenizer_folder)
     for index, limit in enumerate(limits):
         rows = np.arange(limit)
-        batch = open_feed(recipe, index, tmp_path / "run", tokenizer, tokenizer_folder, None).collate(0, rows, rows)
+        source = ModelSource(tokenizer_folder, "")
+        batch = open_feed(recipe, index, tmp_path / "run", tokenizer, source, None, "cpu").collate(0, rows, rows)
         drawn.append(set(batch.query_key.tolist()))
     assert [len(each) for each in drawn] == [8, 32, 128] and drawn[0] < drawn[1] < drawn[2]
