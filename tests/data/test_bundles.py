@@ -40,14 +40,23 @@ def test_every_document_is_in_one_bundle():
 
 
 def test_passages_of_a_bundle_are_dealt_in_turn():
-    """Bundles of two documents: 2 (passages 3 to 5) with 0 (passage 0), and 3 (6, 7) with 1 (1, 2)."""
-    plan = BundlePlan(documents(1, 2, 3, 2), np.array([2, 0, 3, 1]), 2, 4, seed=1)
+    """As the paper deals: documents 2 (passages 4, 5) with 0 (0, 1), and 3 (6, 7) with 1 (2, 3)."""
+    document, order = documents(2, 2, 2, 2), np.array([2, 0, 3, 1])
+    plan = BundlePlan(document, order, 2, 4, seed=1)
     assert plan.pools_per_epoch == 2
-    expected = [[3, 0, 4, 5], [6, 1, 7, 2]]
+    expected = [[4, 0, 5, 1], [6, 2, 7, 3]]
     assert sorted(epoch(plan, 0).tolist()) == expected
-    whole = BundlePlan(documents(1, 2, 3, 2), np.array([2, 0, 3, 1]), 2, 8, seed=1)
+    whole = BundlePlan(document, order, 2, 8, seed=1)
     orders = {tuple(whole.pool(t).tolist()) for t in range(20)}
     assert orders == {(*expected[0], *expected[1]), (*expected[1], *expected[0])}  # the bundles are shuffled whole
+
+
+def test_unequal_documents_of_a_bundle_are_mixed_to_the_end():
+    """Of 30 and 10 passages every pool of 8 has 6 and 2; in plain turns the last two would be of one document."""
+    document = documents(30, 10)
+    pools = epoch(BundlePlan(document, np.array([1, 0]), 2, 8, seed=0), 0)
+    assert [np.bincount(document[pool]).tolist() for pool in pools] == [[6, 2]] * 5
+    assert sorted(pools.ravel().tolist()) == list(range(40))
 
 
 def test_an_epoch_deals_each_passage_at_most_once_and_drops_less_than_a_pool():

@@ -151,3 +151,24 @@ def test_limits_of_stages_that_go_on_are_nested(tmp_path: Path, data: Path, toke
         batch = open_feed(recipe, index, tmp_path / "run", tokenizer, source, None, "cpu").collate(0, rows, rows)
         drawn.append(set(batch.query_key.tolist()))
     assert [len(each) for each in drawn] == [8, 32, 128] and drawn[0] < drawn[1] < drawn[2]
+
+
+def test_neighbours_come_together_and_are_told_by_the_digest(feed: Open, data: Path):
+    """Documents in pairs that share their words, scattered: a pool of two is a pair."""
+    texts = [{"text": f"alpha{i // 2} beta{i // 2} w{i}"} for i in np.random.default_rng(0).permutation(1100)]
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    keys = [("stages.0.data.interleave", 2), ("stages.0.batch.pool", 2)]
+    bm25 = ("stages.0.data.neighbours", {"by": "bm25", "text": "code"})
+
+    def together(found: Feed) -> float:
+        rows = [found.collate(t, np.arange(2), found.plan.pool(t)).text.input_ids for t in range(100)]
+        return float(np.mean([[row[0][:6].equal(row[1][:6])] for row in rows]))
+
+    plain, neighbours = feed(changed(*keys), 0), feed(changed(*keys, bm25), 0)
+    assert together(neighbours) == 1 and together(plain) < 0.1
+    assert plain.digest != neighbours.digest and len(plain.digest) == len(neighbours.digest) == 16
+    assert neighbours.digest == feed(changed(*keys, bm25), 0).digest
+    assert neighbours.digest != feed(changed(*keys, bm25, ("stages.0.data.interleave", 4)), 0).digest
+    assert refused(feed, changed(*keys, bm25, ("stages.0.data.interleave", 2000)), 0) == (
+        "stages.0.data.interleave: 2000 documents are more than the data's 1100; lower it or add data"
+    )

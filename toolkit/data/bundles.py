@@ -46,9 +46,10 @@ def bundle(neighbours: np.ndarray, size: int) -> np.ndarray:
 class BundlePlan:
     """Which passages make global pool number t: a pure function of (seed, t), whatever the number of ranks.
 
-    Within a bundle the passages of its documents are dealt in turn (d11, d21, ..., dn1, d12, ...; a document that is
-    used up drops out). Each epoch shuffles the bundles, lays them end to end, cuts that line into pools, drops the tail
-    and shuffles the pools. A bundle is in one pool, or in pools that were neighbours on the line.
+    Within a bundle the passages of its documents are dealt in turn (d11, d21, ..., dn1, d12, ...), those of longer
+    documents more often, so that all end together: however unequal they are, the last pools mix them too. Each epoch
+    shuffles the bundles, lays them end to end, cuts that line into pools, drops the tail and shuffles the pools. A
+    bundle is in one pool, or in pools that were neighbours on the line.
     """
 
     def __init__(self, store_document: np.ndarray, order: np.ndarray, size: int, pool: int, seed: int) -> None:
@@ -62,9 +63,10 @@ class BundlePlan:
         check_sizes(pool, total, size, len(first))
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
-        within = np.arange(total) - np.repeat(first, length)  # number of each passage in its document
+        number = np.arange(total) - np.repeat(first, length)  # of each passage in its document
+        share = (2 * number + 1) / np.repeat(2 * length, length)  # of the document up to the passage's middle
         place = np.repeat(place, length)
-        self._dealt = np.lexsort((place, within, place // size))  # passage ids, bundle after bundle
+        self._dealt = np.lexsort((place, share, place // size))  # passage ids, bundle after bundle
         self._length = np.bincount(place // size)
         self._pool, self._seed = pool, seed
         self.pools_per_epoch = total // pool
