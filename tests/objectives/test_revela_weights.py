@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_plain_form_in_value_and_gradient(folder: Path,
     assert not weights[masked].any() and torch.allclose(weights.sum(1), (~alone).double())
     assert all(torch.isfinite(gradient).all() for gradient in gradients) and not gradients[0][alone].any()
     if not (masked ^ pairs()).any():
-        assert weights.equal(model.weights(query, passage, None))
+        assert weights.equal(model.weights(query, passage))
 
 
 def test_copies_are_masked_counted_and_read_no_more(folder: Path):

@@ -77,7 +77,7 @@ class Revela(Objective):
         pool = gather(signature) if self.span == "world" else signature
         return near_duplicates(signature, pool, self.near_duplicates.threshold)
 
-    def weights(self, query: Tensor, passage: Tensor, duplicates: Tensor | None) -> Tensor:
+    def weights(self, query: Tensor, passage: Tensor, duplicates: Tensor | None = None) -> Tensor:
         """w = softmax over the *other* passages of q_i . p_j / tau, near-duplicates left out: [rows, S].
 
         All in the recipe's similarity_dtype: at tau = 1e-4 the number format decides which rows have ties, and so a
