@@ -136,17 +136,11 @@ CROSS = {
         ["stages.1.data.interleave: contrastive deals no passages; remove the key"],
     ),
     "neighbours of what is not dealt": (
-        second("contrastive", data__neighbours=BM25),
-        [f"stages.1.data.neighbours: {NOT_DEALT}"],
-    ),
-    "neighbours of groups": (
         [
-            ("stages.0.data.sources", [GROUPS]),
-            ("stages.0.data.passages", MISSING),
-            ("stages.0.data.interleave", MISSING),
-            ("stages.0.data.neighbours", BM25),
+            ("stages.0.data", {"sources": [GROUPS], "neighbours": BM25}),
+            *second("contrastive", data__neighbours=BM25),
         ],
-        [f"stages.0.data.neighbours: {NOT_DEALT}"],
+        [f"stages.{i}.data.neighbours: {NOT_DEALT}" for i in (0, 1)],
     ),
     "neighbours of one document": (
         [("stages.1.data.interleave", 1), ("stages.1.data.neighbours", BM25)],
