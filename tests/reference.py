@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.data.spans import RevelaBatch
 from toolkit.models.encoder import Encoder
-from toolkit.recipe import RevelaObjective
+from toolkit.recipe import NearDuplicates, RevelaObjective
 
 NAME = "dense_reference"
 
@@ -50,14 +50,26 @@ def next_token_sum(causal_lm: nn.Module, text: Any, **more: Any) -> Tensor:
     return -(logp * text.attention_mask[:, 1:]).sum()
 
 
-def revela_loss(encoder: Encoder, causal_lm: nn.Module, pools: list[RevelaBatch], how: RevelaObjective) -> Tensor:
+def revela_loss(
+    encoder: Encoder,
+    causal_lm: nn.Module,
+    pools: list[RevelaBatch],
+    how: RevelaObjective,
+    near_duplicates: NearDuplicates | None = None,
+) -> Tensor:
     """Mean over the pools of each pool's mean next-token loss."""
     losses = []
     causal_lm = causal_lm.get_base_model() if isinstance(causal_lm, PeftModel) else causal_lm
     for pool in pools:
         q, p = encoder(pool.query), encoder(pool.passage)
         similarity = similarities(q, p) / how.temperature
-        w = similarity.masked_fill(torch.eye(len(q), dtype=torch.bool), float("-inf")).softmax(-1)
+        masked = torch.eye(len(q), dtype=torch.bool)
+        if near_duplicates is not None:
+            agreed = (pool.signature[:, None] == pool.signature[None]).double().mean(-1)
+            masked |= agreed >= near_duplicates.threshold
+        some = ~masked.all(-1)  # rows with something left to read
+        w = torch.zeros_like(similarity)
+        w[some] = similarity[some].masked_fill(masked[some], float("-inf")).softmax(-1)
         w = torch.where(w.detach() > how.min_weight, w, 0)
         if how.max_sources is not None:
             rank = w.detach().neg().argsort(dim=1, stable=True).argsort(dim=1)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from toolkit.bm25 import SETTINGS, bm25_top_k, code_words, prose_words
+from toolkit.bm25 import QUERY_WORDS, SETTINGS, bm25_neighbours, bm25_top_k, code_words, prose_words
 
 DOCUMENTS = [
     "readFile path",
@@ -73,3 +73,27 @@ def test_words():
 def test_a_corpus_without_words_is_an_error():
     with pytest.raises(ValueError, match="no document has a word"):
         bm25_top_k(["", "!"], ["a"], 1, code=True)
+
+
+def test_neighbours_are_the_other_documents_that_the_formula_finds():
+    for code in (True, False):
+        found = bm25_neighbours(DOCUMENTS, 5, code=code)
+        assert found.shape == (6, 5) and found.dtype == np.int32
+        for own, row in enumerate(found.tolist()):
+            scores = np.round(formula(DOCUMENTS[own], code), 6)
+            scores[own] = 0
+            ranked = [i for i in np.lexsort((np.arange(6), -scores)).tolist() if scores[i] > 0]
+            assert row == ranked + [-1] * (5 - len(ranked))
+    assert bm25_neighbours(DOCUMENTS, 1, code=True)[:, 0].tolist() == [1, 0, 5, -1, -1, 2]
+
+
+def test_a_document_looks_for_its_rarest_shared_words():
+    common = [f"common{i}" for i in range(QUERY_WORDS)]
+    documents = [" ".join([*common, "rare", "alone"]), *(" ".join(common) for _ in range(3)), "rare thing"]
+    found = bm25_neighbours(documents, 5, code=True)
+    assert sorted(found[0].tolist()) == [-1, 1, 2, 3, 4] and found[4].tolist() == [0, -1, -1, -1, -1]
+    more = [" ".join([*common, *(f"rare{i}" for i in range(QUERY_WORDS))]), *documents[1:]]
+    more[4] = " ".join(f"rare{i}" for i in range(QUERY_WORDS))
+    assert bm25_neighbours(more, 5, code=True)[0].tolist() == [4, -1, -1, -1, -1]  # the common words are not asked for
+    with pytest.raises(ValueError, match="no document has a word"):
+        bm25_neighbours(["", "!"], 1, code=False)

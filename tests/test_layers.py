@@ -33,6 +33,7 @@ OURS = {
     "toolkit.prepare_sources": ABOVE_MODELS,
     "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
     "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
+    "toolkit.prepare_neighbours": ABOVE_MODELS | {"toolkit.prepare"},
     "toolkit.last_words": set(),
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS | {"eval", "toolkit.export", "toolkit.prepare", "toolkit.last_words"},

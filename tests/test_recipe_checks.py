@@ -23,6 +23,8 @@ NO_LM_BEFORE = "no language_model stage comes just before; name a hub id or a fo
 FILES, PAIRS, BEIR = {"stdlib": "files"}, {"folder": "p", "format": "pairs"}, {"folder": "b", "format": "beir"}
 NO_PAIRS = "belongs to sources of pairs; remove the key"
 CROPS = {"chunk_tokens": 48, "min_ratio": 0.1, "max_ratio": 0.5, "delete": 0.1}
+BM25, NGRAMS = {"by": "bm25", "text": "code"}, {"ngram": 5, "threshold": 0.5}
+NOT_DEALT = "only documents whose passages are dealt (interleave) have neighbours; remove the key"
 Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
 KEYS_OF_A_STEP = "is no multiple of the 32 keys of a step (views x pool x pools_per_step)"
 NVME_STAGE = 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
@@ -132,6 +134,37 @@ CROSS = {
     "dealing where nothing is dealt": (
         second("contrastive", data__interleave=2),
         ["stages.1.data.interleave: contrastive deals no passages; remove the key"],
+    ),
+    "neighbours of what is not dealt": (
+        [
+            ("stages.0.data", {"sources": [GROUPS], "neighbours": BM25}),
+            *second("contrastive", data__neighbours=BM25),
+        ],
+        [f"stages.{i}.data.neighbours: {NOT_DEALT}" for i in (0, 1)],
+    ),
+    "neighbours of one document": (
+        [("stages.1.data.interleave", 1), ("stages.1.data.neighbours", BM25)],
+        [
+            "stages.1.data.interleave: a bundle of neighbours has two documents or more; raise it, or remove "
+            "neighbours",
+        ],
+    ),
+    "embeddings where there is no retriever": (
+        [("stages.0.data.neighbours", {"by": "embeddings"})],
+        [
+            'stages.0.data.neighbours: language_model starts from no retriever; write {"by": "bm25", "text": ...} or '
+            "null",
+        ],
+    ),
+    "near-duplicates where no passage reads another": (
+        [
+            ("stages.0.data.near_duplicates", NGRAMS),
+            *second("contrastive", data__near_duplicates=NGRAMS),
+        ],
+        [
+            "stages.0.data.near_duplicates: passages do not read one another in language_model; remove the key",
+            "stages.1.data.near_duplicates: passages do not read one another in contrastive; remove the key",
+        ],
     ),
     "a split of a folder": (
         second("contrastive", data__sources=[PAIRS | {"split": "dev"}]),
@@ -262,6 +295,9 @@ def test_keys_that_contradict_one_another_are_named(tmp_path, changes, lines):
 
 
 def test_what_the_cross_checks_must_let_through(tmp_path):
+    neighbours = [("stages.0.data.neighbours", BM25), ("stages.1.data.neighbours", {"by": "embeddings"})]
+    masked = [("stages.1.data.near_duplicates", NGRAMS)]
+    assert load_recipe(write(tmp_path, changed(*neighbours, *masked))).stages[1].data.interleave == 2
     two_revela = changed(("stages.0", TINY["stages"][1] | {"name": "first", "start": {"hub": "a/b"}}))
     for stage in two_revela["stages"]:
         stage["objective"] = stage["objective"] | {

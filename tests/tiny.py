@@ -94,14 +94,20 @@ def revela_stage(**changes: Any) -> Stage:
 
 
 def random_pools(num_pools: int, pool: int, seed: int = 0) -> list[RevelaBatch]:
-    """Pools of random passages of uneven lengths (4 to 14 tokens), right padded."""
-    generator = torch.Generator().manual_seed(seed)
+    """Pools of random passages of uneven lengths (4 to 14 tokens), right padded.
+
+    Signatures have two hashes of three values each: of the pairs over half agree at threshold 0.5.
+    """
+    generator, of_signatures = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
 
     def side() -> Tokens:
         lengths = torch.randint(4, 15, (pool,), generator=generator).tolist()
         return pad([torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths], 0)
 
-    return [RevelaBatch(side(), side(), side(), torch.arange(pool) // 2) for _ in range(num_pools)]
+    def signature() -> torch.Tensor:
+        return torch.randint(3, (pool, 2), dtype=torch.int32, generator=of_signatures)
+
+    return [RevelaBatch(side(), side(), side(), torch.arange(pool) // 2, signature()) for _ in range(num_pools)]
 
 
 def rows_of(batch: Any, first: int, last: int) -> Any:

@@ -1,6 +1,8 @@
-"""BM25 by bm25s, in the form of Lucene: the lexical baseline. Called by evaluation."""
+"""BM25 by bm25s, in the form of Lucene: the lexical baseline of evaluation, and neighbours of training documents."""
 
 import re
+import sys
+from collections import Counter
 
 import bm25s
 import numpy as np
@@ -11,6 +13,7 @@ from toolkit.search import best
 # (k1, b): Anserini's defaults, the literature's usual baseline, for prose; for code, whose documents differ more in
 # length, those of bm25s: nDCG@10 0.314 instead of 0.233 on the embedded corpus (dev).
 SETTINGS = {"prose": (0.9, 0.4), "code": (1.5, 0.75)}
+QUERY_WORDS = 32  # of a document that looks for its neighbours
 _WORD = re.compile(r"[^\W_]+")
 _CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -35,12 +38,7 @@ def bm25_top_k(
         ValueError: if no document has a word.
     """
     split = code_words if code else prose_words
-    k1, b = SETTINGS["code" if code else "prose"]
-    words = split(documents)
-    if not any(words):
-        raise ValueError("no document has a word to search for")
-    index = bm25s.BM25(method="lucene", k1=k1, b=b)
-    index.index(words, show_progress=False)
+    index = _index(split(documents), code)
     k = min(k, len(documents))
     scores, indices = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
     for row, query in enumerate(split(queries)):
@@ -51,10 +49,50 @@ def bm25_top_k(
             allowed = np.zeros_like(found)
             allowed[candidates[row]] = found[candidates[row]]
             found = allowed
-        chosen = best(found, k)
-        chosen = chosen[found[chosen] > 0]
+        chosen = _best_found(found, k)
         scores[row, : len(chosen)], indices[row, : len(chosen)] = found[chosen], chosen
     return scores, indices
+
+
+def bm25_neighbours(documents: list[str], k: int, *, code: bool) -> np.ndarray:
+    """The other documents that BM25 finds for each document's own rarest words, best first.
+
+    A query is the document's QUERY_WORDS rarest words of those that another document has too, once each: they carry
+    nearly all of the score, and the lists of documents that hold them are short.
+
+    Returns:
+        int32 [n, k]; -1 where no further document is found. Memory grows with n k, not with n^2.
+
+    Raises:
+        ValueError: if no document has a word.
+    """
+    words = (code_words if code else prose_words)(documents)
+    index = _index(words, code)
+    frequency = Counter(word for row in words for word in set(row))
+    neighbours = np.full((len(documents), k), -1, np.int32)
+    for row, own in enumerate(words):
+        shared = [word for word in dict.fromkeys(own) if frequency[word] > 1]
+        if shared:
+            found = index.get_scores(sorted(shared, key=frequency.__getitem__)[:QUERY_WORDS])
+            found[row] = 0
+            chosen = _best_found(found, k)
+            neighbours[row, : len(chosen)] = chosen
+    return neighbours
+
+
+def _index(words: list[list[str]], code: bool) -> bm25s.BM25:
+    if not any(words):
+        raise ValueError("no document has a word to search for")
+    k1, b = SETTINGS["code" if code else "prose"]
+    index = bm25s.BM25(method="lucene", k1=k1, b=b)
+    index.index(words, show_progress=False)
+    return index
+
+
+def _best_found(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the largest positive scores, at most k, best first; equal scores are ordered by index."""
+    found = np.flatnonzero(scores > 0)
+    return found[best(scores[found], k)]
 
 
 def prose_words(texts: list[str]) -> list[list[str]]:
@@ -65,5 +103,5 @@ def prose_words(texts: list[str]) -> list[list[str]]:
 
 def code_words(texts: list[str]) -> list[list[str]]:
     """Lower-cased words of two letters or more, split at underscores and case: HTTPServer_v2 -> http, server, v2."""
-    parts = [[part.lower() for word in _WORD.findall(text) for part in _CASE.split(word)] for text in texts]
+    parts = [[sys.intern(part.lower()) for word in _WORD.findall(text) for part in _CASE.split(word)] for text in texts]
     return [[part for part in row if len(part) > 1] for row in parts]

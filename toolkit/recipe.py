@@ -156,7 +156,8 @@ class RevelaObjective(Section):
         None, description="Most passages that a row reads, by weight; null: any number."
     )
     max_dropped_mass: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.01, description="The run stops if a pool's rows lose more of their weight than this on average."
+        0.01,
+        description="The run stops if the rows that are run together lose more of their weight than this on average.",
     )
     language_model: RevelaLanguageModel
 
@@ -345,6 +346,33 @@ class Crops(Section):
     )
 
 
+class Bm25Neighbours(Section):
+    """Neighbours share rare words: BM25 between the first 256 words of documents."""
+
+    by: Literal["bm25"]
+    text: Literal["prose", "code"] = Field(
+        description="prose: English stop words removed, words stemmed; code: words split at underscores and case."
+    )
+
+
+class EmbeddingNeighbours(Section):
+    """Neighbours have similar first passages, embedded by the retriever that the stage starts from."""
+
+    by: Literal["embeddings"]
+
+
+Neighbours = Annotated[Bm25Neighbours | EmbeddingNeighbours, Field(discriminator="by")]
+
+
+class NearDuplicates(Section):
+    """Passages of a pool that share most n-grams of tokens do not read one another (no copying)."""
+
+    ngram: Positive = Field(description="Tokens of the language model in an n-gram.")
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Least share of common n-grams (Jaccard), estimated from 128 hashes: standard error up to 0.044."
+    )
+
+
 class Data(Section):
     sources: Annotated[list[Source], Field(min_length=1)] = Field(
         description="Read one after another; pairs of several sources are mixed."
@@ -352,6 +380,14 @@ class Data(Section):
     passages: Passages | None = Field(None, description="Needed by sources of format documents, unless cropped.")
     interleave: Positive | None = Field(
         None, description="Documents whose passages are dealt in turn; needed for passages."
+    )
+    neighbours: Neighbours | None = Field(
+        None,
+        description="Documents dealt in turn are bundles of `interleave` neighbours, the same in every epoch; null: "
+        "drawn at random.",
+    )
+    near_duplicates: NearDuplicates | None = Field(
+        None, description="Pairs of a pool that are masked (revela); null: none."
     )
     crops: Crops | None = Field(None, description="Needed by recontriever.")
     positives: Positive = Field(1, description="Positives of a row, drawn anew each epoch if it has more (pairs).")

@@ -9,6 +9,7 @@ from toolkit.recipe import (
     BuildStart,
     ContrastiveObjective,
     Data,
+    EmbeddingNeighbours,
     Fields,
     FolderSource,
     HubSource,
@@ -127,6 +128,7 @@ def _check_data(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
         yield f"{at}.interleave", f"{stage.objective.name} deals no passages; remove the key"
     if dealt and data.interleave is None:
         yield f"{at}.interleave", "missing; say how many documents are dealt in turn"
+    yield from _check_neighbours(at, stage, dealt)
     yield from _check_sources(at, data)
     yield from _check_pairs(at, data, needed == NEEDED_DATA["contrastive"])
     crops = data.crops
@@ -135,6 +137,18 @@ def _check_data(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
         yield f"{at}.crops", fix
     elif crops is not None and crops.min_ratio > crops.max_ratio:
         yield f"{at}.crops.min_ratio", f"is above max_ratio {crops.max_ratio}; lower it"
+
+
+def _check_neighbours(at: str, stage: Stage, dealt: bool) -> Iterator[tuple[str, str]]:
+    data, method = stage.data, stage.objective.name
+    if data.neighbours is not None and not dealt:
+        yield f"{at}.neighbours", "only documents whose passages are dealt (interleave) have neighbours; remove the key"
+    elif data.neighbours is not None and data.interleave == 1:
+        yield f"{at}.interleave", "a bundle of neighbours has two documents or more; raise it, or remove neighbours"
+    elif isinstance(data.neighbours, EmbeddingNeighbours) and method != "revela":
+        yield f"{at}.neighbours", f'{method} starts from no retriever; write {{"by": "bm25", "text": ...}} or null'
+    if data.near_duplicates is not None and method != "revela":
+        yield f"{at}.near_duplicates", f"passages do not read one another in {method}; remove the key"
 
 
 # The fields that each format reads.

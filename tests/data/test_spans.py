@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from toolkit.data.near_duplicates import signatures
 from toolkit.data.spans import PassageStore, PoolPlan, collate_language_model, collate_revela, cut, write_store
 from toolkit.data.train_tokenizer import train_tokenizer
-from toolkit.recipe import BuildTokenizer, EncoderSettings, RecipeError
+from toolkit.recipe import BuildTokenizer, EncoderSettings, NearDuplicates, RecipeError
 
 # --------------------------------------------------------------------------- cut
 
@@ -192,7 +193,7 @@ def test_revela_sides_have_prefix_half_cut_and_end_token(tokenizer):
     )
     texts = ["xyz", "a much longer text than fits"]
     settings = {"tokenizer": tokenizer, "lm_tokenizer": tokenizer, "encoder": encoder, "lm_max_tokens": 9}
-    batch = collate_revela(texts, np.array([7, 9]), half_query=True, **settings)
+    batch = collate_revela(texts, np.array([7, 9]), half_query=True, near_duplicates=None, **settings)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     for row, text in enumerate(texts):
         passage, query = (tokenizer(prefix + text)["input_ids"][:11] for prefix in ("p: ", "q: "))
@@ -200,8 +201,11 @@ def test_revela_sides_have_prefix_half_cut_and_end_token(tokenizer):
         assert ids(batch.query, row) == [*query[: len(query) // 2], eos]
         assert ids(batch.text, row) == tokenizer(text)["input_ids"][:9] and ids(batch.text, row)[0] == bos
     assert batch.document.dtype == torch.int64 and batch.document.tolist() == [7, 9]
-    whole = collate_revela(texts, np.array([7, 9]), half_query=False, **settings)
+    assert batch.signature.shape == (2, 0)
+    ngrams = NearDuplicates(ngram=2, threshold=0.5)
+    whole = collate_revela(texts, np.array([7, 9]), half_query=False, near_duplicates=ngrams, **settings)
     assert ids(whole.query, 0) == [*tokenizer("q: xyz")["input_ids"], eos]
+    assert whole.signature.equal(signatures([ids(whole.text, row) for row in range(2)], 2))  # of the text, cut
 
 
 def test_language_model_reads_the_text_as_it_is(tokenizer):

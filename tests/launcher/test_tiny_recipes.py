@@ -59,3 +59,20 @@ def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypat
     after = load_file(second / "export" / "merged" / "model.safetensors")
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert changed and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in changed)
+
+
+@pytest.mark.usefixtures("part_of_the_corpus")
+def test_neighbours_and_near_duplicates_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """BM25 for the language model, embeddings and masks for Revela; the log tells the share of masked pairs."""
+    recipe = json.loads((RECIPES / "tiny" / "revela.json").read_text())
+    first, second = recipe["stages"]
+    first["data"]["neighbours"] = {"by": "bm25", "text": "code"}
+    second["data"] |= {"neighbours": {"by": "embeddings"}, "near_duplicates": {"ngram": 1, "threshold": 0.2}}
+    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "prepared").glob("bundles_*"))) == 2
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4] * 2
+    assert all("near_duplicates" not in line for line in logged[:STEPS])
+    shares = [line["near_duplicates"] for line in logged[STEPS:]]
+    assert all(0 <= share <= 1 for share in shares) and sum(shares) > 0
+    assert all(line["loss"] > 0 and math.isfinite(line["grad_norm"]) for line in logged)

@@ -32,6 +32,7 @@ METHOD = {
     "dual_loss": [False, True],
     "detach_kv": [False, True],
     "pooling": ["eos", "mean"],
+    "near_duplicates": [None, {"ngram": 3, "threshold": 0.5}],
 }
 
 
@@ -43,6 +44,7 @@ def as_case(number: int, factors: dict[str, Any]) -> dict[str, Any]:
         "activation_checkpointing": factors["activation_checkpointing"],
         "batch__span": factors["span"],
         "encoder__pooling": factors["pooling"],
+        "data__near_duplicates": factors["near_duplicates"],
     } | {f"objective__{key}": factors[key] for key in ("temperature", "v_norm", "dual_loss", "detach_kv")}
     changes |= {f"batch__{key}": value for key, value in factors["forward"].items()}
     changes |= {f"objective__{key}": value for key, value in factors["sparse"].items()} | {

@@ -144,7 +144,7 @@ def test_from_texts_to_gradients(texts: list[str], dual: bool) -> None:
     tokenizer = load_tokenizer(FIXTURES / "tokenizer")
     batch = collate_revela(
         texts, np.zeros(len(texts), np.int64), tokenizer=tokenizer, lm_tokenizer=tokenizer, encoder=stage.encoder,
-        half_query=True, lm_max_tokens=28,
+        half_query=True, lm_max_tokens=28, near_duplicates=None,
     )  # fmt: skip
     for side, theirs in (("query", "query"), ("passage", "passage"), ("text", "llm")):
         tokens: Tokens = getattr(batch, side)

@@ -12,6 +12,7 @@ from recipe_changes import RECIPES, changed, write
 from toolkit.data.tokens import frame
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer
+from toolkit.prepare import ModelSource
 from toolkit.recipe import BuildTokenizer, Recipe, RecipeError, load_recipe
 from toolkit.training.feed import Feed, data_seed, open_feed
 
@@ -43,7 +44,9 @@ def feed(data: Path, tokenizer_folder: Path, tmp_path: Path) -> Open:
     def of(recipe: str | dict[str, Any], index: int, *overrides: str, folder: Path = tokenizer_folder) -> Feed:
         path = RECIPES / f"{recipe}.json" if isinstance(recipe, str) else write(tmp_path, recipe)
         found = on(load_recipe(path, overrides), index, data)
-        return open_feed(found, index, tmp_path / "run", load_tokenizer(tokenizer_folder), folder, None)
+        return open_feed(
+            found, index, tmp_path / "run", load_tokenizer(tokenizer_folder), ModelSource(folder, ""), None, "cpu"
+        )
 
     return of
 
@@ -144,6 +147,27 @@ def test_limits_of_stages_that_go_on_are_nested(tmp_path: Path, data: Path, toke
     recipe, tokenizer = Recipe.model_validate_json(json.dumps(raw)), load_tokenizer(tokenizer_folder)
     for index, limit in enumerate(limits):
         rows = np.arange(limit)
-        batch = open_feed(recipe, index, tmp_path / "run", tokenizer, tokenizer_folder, None).collate(0, rows, rows)
+        source = ModelSource(tokenizer_folder, "")
+        batch = open_feed(recipe, index, tmp_path / "run", tokenizer, source, None, "cpu").collate(0, rows, rows)
         drawn.append(set(batch.query_key.tolist()))
     assert [len(each) for each in drawn] == [8, 32, 128] and drawn[0] < drawn[1] < drawn[2]
+
+
+def test_neighbours_come_together_and_are_told_by_the_digest(feed: Open, data: Path):
+    """Documents in pairs that share their words, scattered: a pool of two is a pair."""
+    number = np.random.default_rng(0).permutation(DOCUMENTS)
+    texts = [{"text": f"alpha{i // 2} beta{i // 2} w{i}"} for i in number]
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    keys = [("stages.0.data.interleave", 2), ("stages.0.batch.pool", 2)]
+    bm25 = ("stages.0.data.neighbours", {"by": "bm25", "text": "code"})
+
+    def together(found: Feed) -> float:
+        return float(np.mean([len(set((number // 2)[found.plan.pool(t)].tolist())) == 1 for t in range(100)]))
+
+    plain, neighbours = feed(changed(*keys), 0), feed(changed(*keys, bm25), 0)
+    assert together(neighbours) == 1 and together(plain) < 0.1
+    assert plain.digest != neighbours.digest and len(plain.digest) == len(neighbours.digest) == 16
+    assert neighbours.digest == feed(changed(*keys, bm25), 0).digest
+    assert refused(feed, changed(*keys, bm25, ("stages.0.data.interleave", 2000)), 0) == (
+        "stages.0.data.interleave: 2000 documents are more than the data's 1100; lower it or add data"
+    )

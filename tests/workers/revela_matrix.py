@@ -63,16 +63,19 @@ def build_perturbed(
     objective = build_revela(stage, stage.objective, seed, device, folder, adapter, lm_folder)
     perturb(objective)
     if stage.objective.temperature < 0.01:
-        objective.weights = lambda q, p: weights_of(objective, on_grid(q @ p.T))  # pyright: ignore
+        objective.weights = lambda q, p, masked: weights_of(objective, on_grid(q @ p.T), masked)  # pyright: ignore
     elif fp64:  # no recipe has similarities in fp64
-        objective.weights = lambda q, p: weights_of(objective, q @ p.T)  # pyright: ignore
+        objective.weights = lambda q, p, masked: weights_of(objective, q @ p.T, masked)  # pyright: ignore
     return objective.double() if fp64 else objective
 
 
-def weights_of(objective: Revela, similarity: torch.Tensor) -> torch.Tensor:
+def weights_of(objective: Revela, similarity: torch.Tensor, duplicates: torch.Tensor | None) -> torch.Tensor:
     own = torch.arange(len(similarity)) + objective._first_row(len(similarity))
-    itself = torch.nn.functional.one_hot(own, similarity.shape[1]).bool()
-    return (similarity / objective.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
+    masked = torch.nn.functional.one_hot(own, similarity.shape[1]).bool()
+    masked = masked if duplicates is None else masked | duplicates
+    some = ~masked.all(-1)
+    scores = (similarity / objective.settings.temperature).masked_fill(masked, float("-inf"))
+    return torch.zeros_like(scores).index_put((some,), scores[some].softmax(-1))
 
 
 class OwnSlice(torch.autograd.Function):
@@ -173,7 +176,9 @@ def dense(stage: Any, pools: Any, folder: Path, lm_folder: Path, fp64: bool) -> 
     )
     with precision(fp64):
         objective.to(torch.float64 if fp64 else torch.float32)
-        loss = revela_loss(objective.encoder, objective.language_model.causal_lm, pools, stage.objective)
+        loss = revela_loss(
+            objective.encoder, objective.language_model.causal_lm, pools, stage.objective, stage.data.near_duplicates
+        )
         loss.backward()
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
     return Outcome(float(loss.detach()), gradients)

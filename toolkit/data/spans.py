@@ -16,9 +16,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from toolkit.data.near_duplicates import signatures
 from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
 from toolkit.determinism import generator
-from toolkit.recipe import EncoderSettings, RecipeError
+from toolkit.recipe import EncoderSettings, NearDuplicates, RecipeError
 
 # --------------------------------------------------------------------------- cutting documents
 
@@ -146,6 +147,27 @@ class PassageStore:
 # --------------------------------------------------------------------------- the order of training
 
 
+def document_places(store_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First passage and number of passages of each document: int64 [documents] each."""
+    first = np.flatnonzero(np.diff(store_document, prepend=-1))
+    return first, np.diff(first, append=len(store_document))
+
+
+def end_to_end(first: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Runs of integers, first[i], first[i] + 1, ... of length[i] each, one after another."""
+    return np.arange(length.sum()) + np.repeat(first - (np.cumsum(length) - length), length)
+
+
+def check_sizes(pool: int, passages: int, interleave: int | None, documents: int) -> None:
+    """Raises RecipeError if the data holds less than one pool, or fewer documents than are dealt in turn."""
+    if pool > passages:
+        raise RecipeError(f"batch.pool: {pool} passages are more than the data's {passages}; lower it or add data")
+    if interleave is not None and interleave > documents:
+        raise RecipeError(
+            f"data.interleave: {interleave} documents are more than the data's {documents}; lower it or add data"
+        )
+
+
 class PoolPlan:
     """Which passages make global pool number t: a pure function of (seed, t), whatever the number of ranks.
 
@@ -166,18 +188,11 @@ class PoolPlan:
             RecipeError: for a pool above the data or unfit for the groups, and for fewer documents than interleave.
         """
         total = len(store_document)
-        if pool > total:
-            raise RecipeError(f"batch.pool: {pool} passages are more than the data's {total}; lower it or add data")
-        self._first = np.flatnonzero(np.diff(store_document, prepend=-1))  # first passage of each document
-        self._length = np.diff(self._first, append=total)
+        self._first, self._length = document_places(store_document)
+        check_sizes(pool, total, interleave, len(self._first))
         self._pool, self._seed, self._group_size = pool, seed, group_size
         if group_size is None:
             assert interleave is not None  # the recipe demands it of every source but groups
-            if interleave > len(self._first):
-                raise RecipeError(
-                    f"data.interleave: {interleave} documents are more than the data's {len(self._first)}; "
-                    "lower it or add data"
-                )
             self._lanes = interleave
             self.pools_per_epoch = total // interleave * interleave // pool
             if not self.pools_per_epoch:
@@ -204,9 +219,7 @@ class PoolPlan:
     def _documents(self, epoch: int) -> np.ndarray:
         random = generator("documents", self._seed, epoch)
         order = random.permutation(len(self._first))
-        length = self._length[order]
-        shift = self._first[order] - (np.cumsum(length) - length)
-        line = np.arange(length.sum()) + np.repeat(shift, length)  # passage ids, document after document
+        line = end_to_end(self._first[order], self._length[order])  # passage ids, document after document
         rounds = len(line) // self._lanes
         dealt = line[: rounds * self._lanes].reshape(self._lanes, rounds).T.reshape(-1)
         pools = dealt[: self.pools_per_epoch * self._pool].reshape(-1, self._pool)
@@ -236,6 +249,7 @@ class RevelaBatch(NamedTuple):
     passage: Tokens  # the retriever's passage side
     text: Tokens  # what the language model reads
     document: Tensor  # int64 [rows], document number of each row
+    signature: Tensor  # int32 [rows, HASHES] of the text, or [rows, 0] if near-duplicates may read one another
 
 
 def collate_language_model(
@@ -255,12 +269,14 @@ def collate_revela(
     encoder: EncoderSettings,
     half_query: bool,
     lm_max_tokens: int,
+    near_duplicates: NearDuplicates | None,
 ) -> RevelaBatch:
     """The retriever's two sides and the language model's text of each passage (Revela, section 4.2).
 
     Args:
         half_query: keep the first half of the query's tokens, the prefix counted, before the end token.
         lm_max_tokens: longest text for the language model; it gets neither prefix nor end token.
+        near_duplicates: how the text's signature is made; None: no signature.
     """
     longest, eos = encoder.max_tokens, encoder.append_eos
     query = tokenize(tokenizer, texts, encoder.query_prefix, longest, eos, half=half_query)
@@ -268,5 +284,9 @@ def collate_revela(
     text = tokenize(lm_tokenizer, texts, "", lm_max_tokens, append_eos=False)
     padding = pad_id(tokenizer)
     return RevelaBatch(
-        pad(query, padding), pad(passage, padding), pad(text, pad_id(lm_tokenizer)), torch.as_tensor(document)
+        pad(query, padding),
+        pad(passage, padding),
+        pad(text, pad_id(lm_tokenizer)),
+        torch.as_tensor(document),
+        signatures(text, near_duplicates.ngram if near_duplicates else None),
     )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.collectives import gather, gather_with_grad, pool_mean, rank, sum_over_ranks
+from toolkit.data.near_duplicates import near_duplicates
 from toolkit.data.spans import RevelaBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_predicted
@@ -21,10 +22,10 @@ from toolkit.models.read_pairs import keep
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import recompute_layers
 from toolkit.objectives.pool_memory import share_pool
-from toolkit.recipe import Batch, RevelaObjective, Stage
+from toolkit.recipe import Batch, NearDuplicates, RevelaObjective, Stage
 from toolkit.slicing import in_slices, padding, plan_slices
 
-LEARNING_ROW = 1e-3  # a row learns if 1 - sum_j w_ij^2, the trace of its softmax's Jacobian, is above this
+LEARNING_ROW = 1e-3  # a row learns if sum_j w_ij (1 - w_ij), the trace of its softmax's Jacobian, is above this
 
 
 class Revela(Objective):
@@ -36,6 +37,7 @@ class Revela(Objective):
         language_model: InBatchLanguageModel,
         settings: RevelaObjective,
         batch: Batch,
+        near_duplicates: NearDuplicates | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -43,6 +45,7 @@ class Revela(Objective):
         self.settings = settings
         self.span = batch.span
         self.batch = batch
+        self.near_duplicates = near_duplicates
 
     def forward(self, batch: RevelaBatch) -> Loss:
         forward = self.batch.forward_rows, self.batch.forward_tokens
@@ -50,7 +53,8 @@ class Revela(Objective):
         of_query, of_passage, of_text = slices
         query = in_slices(self.encoder, of_query, batch.query)
         passage = in_slices(self.encoder, of_passage, batch.passage)
-        weights = self.weights(query, gather_with_grad(passage) if self.span == "world" else passage)
+        duplicates = self.duplicates(batch.signature)
+        weights = self.weights(query, gather_with_grad(passage) if self.span == "world" else passage, duplicates)
         kept = self._keep(weights.detach())
         length = batch.text.input_ids.shape[1]
         keys_values, plain = in_slices(lambda text: self._first_pass(text, length), of_text, batch.text)
@@ -60,7 +64,7 @@ class Revela(Objective):
         in_batch = in_slices(second_pass, of_text, batch.text, weights, kept)
         tokens = num_predicted(batch.text.attention_mask)
         nll = in_batch.sum() + plain.sum() if self.settings.dual_loss else in_batch.sum()
-        parts = self._parts(weights.detach(), kept, batch.document)
+        parts = self._parts(weights.detach(), kept, batch.document, duplicates)
         for name, row_sums in {"in_batch_nll": in_batch, "plain_nll": plain, "gain": plain - in_batch}.items():
             parts[name] = (row_sums.detach().sum(), tokens)
         parts["padding"] = padding(slices, tokens.device)
@@ -77,31 +81,43 @@ class Revela(Objective):
         missing = length - found.keys_values.shape[-2]
         return found._replace(keys_values=F.pad(found.keys_values, (0, 0, 0, missing)))
 
-    def weights(self, query: Tensor, passage: Tensor) -> Tensor:
-        """w = softmax over the *other* passages of q_i . p_j / tau: [rows, S].
+    def duplicates(self, signature: Tensor) -> Tensor | None:
+        """Pairs that may not read one another, each row and itself among them: bool [rows, S]; None if all may."""
+        if self.near_duplicates is None:
+            return None
+        pool = gather(signature) if self.span == "world" else signature
+        return near_duplicates(signature, pool, self.near_duplicates.threshold)
+
+    def weights(self, query: Tensor, passage: Tensor, duplicates: Tensor | None = None) -> Tensor:
+        """w = softmax over the *other* passages of q_i . p_j / tau, near-duplicates left out: [rows, S].
 
         All in the recipe's similarity_dtype: at tau = 1e-4 the number format decides which rows have ties, and so a
-        gradient. query [rows, dim] are this rank's; passage [S, dim] are the whole pool's.
+        gradient. query [rows, dim] are this rank's; passage [S, dim] are the whole pool's. A row with nothing left to
+        read has weight zero, and no gradient.
         """
         dtype = DTYPES[self.settings.similarity_dtype]
         similarity = query.to(dtype) @ passage.to(dtype).T
         own = torch.arange(len(query), device=query.device) + self._first_row(len(query))
-        itself = F.one_hot(own, len(passage)).bool()
-        return (similarity / self.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
+        masked = F.one_hot(own, len(passage)).bool()
+        if duplicates is not None:
+            masked = masked | duplicates
+        alone = masked.all(-1, keepdim=True)  # its softmax would be over nothing
+        scores = (similarity / self.settings.temperature).masked_fill(masked & ~alone, float("-inf"))
+        return scores.softmax(-1).masked_fill(alone, 0)
 
     def _keep(self, weights: Tensor) -> Tensor:
         """Which pairs are read, bool [rows, S].
 
         Raises:
-            ValueError: on all ranks, if the pool's rows lose more weight on average than the recipe allows.
+            ValueError: on all ranks, if their rows lose more weight on average than the recipe allows.
         """
         kept = keep(weights, self.settings.min_weight, self.settings.max_sources)
         if self.settings.min_weight > 0 or self.settings.max_sources is not None:
             dropped = torch.stack([_dropped(weights, kept).sum(), weights.new_tensor(float(len(weights)))]).double()
-            dropped, rows = (sum_over_ranks(dropped) if self.span == "world" else dropped).tolist()
+            dropped, rows = sum_over_ranks(dropped).tolist()
             if dropped / rows > self.settings.max_dropped_mass:
                 raise ValueError(
-                    f"objective.max_dropped_mass: a pool's rows lost {dropped / rows:.3g} of their weight on average, "
+                    f"objective.max_dropped_mass: the rows lost {dropped / rows:.3g} of their weight on average, "
                     f"above {self.settings.max_dropped_mass:g}; lower min_weight or the temperature, raise "
                     "max_sources, or allow more"
                 )
@@ -110,19 +126,24 @@ class Revela(Objective):
     def _first_row(self, rows: int) -> int:
         return rank() * rows if self.span == "world" else 0
 
-    def _parts(self, weights: Tensor, kept: Tensor, document: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Row entropy (nats), weight on passages of the same document, whether a row learns at all; what is read."""
+    def _parts(
+        self, weights: Tensor, kept: Tensor, document: Tensor, duplicates: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Row entropy (nats), weight on passages of the same document, whether a row learns; what is read and masked."""
         weights = weights.float()
         documents = gather(document) if self.span == "world" else document
         same = (document[:, None] == documents[None]).float()
         rows = torch.tensor(float(len(weights)), device=weights.device)
-        return {
+        parts = {
             "row_entropy": (torch.special.entr(weights).sum(), rows),
             "weight_same_document": ((weights * same).sum(), rows),
             "kept_sources": (kept.sum().float(), rows),
             "dropped_mass": (_dropped(weights, kept).sum(), rows),
-            "rows_with_gradient": ((1 - weights.square().sum(1) > LEARNING_ROW).float().sum(), rows),
+            "rows_with_gradient": (((weights.sum(1) - weights.square().sum(1)) > LEARNING_ROW).float().sum(), rows),
         }
+        if duplicates is not None:  # a row is its own duplicate
+            parts["near_duplicates"] = (duplicates.sum() - rows, rows * (duplicates.shape[1] - 1))
+        return parts
 
 
 def _dropped(weights: Tensor, kept: Tensor) -> Tensor:
@@ -154,4 +175,5 @@ def build_revela(
         InBatchLanguageModel(causal_lm, settings.v_norm),
         settings,
         stage.batch,
+        stage.data.near_duplicates,
     )

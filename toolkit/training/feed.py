@@ -3,14 +3,17 @@
 Called by the training loop on every rank; rank 0 prepares what is not yet on disk.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from toolkit.collectives import rank
+from toolkit.data.bundles import BundlePlan
 from toolkit.data.crops import SHORTEST_DOCUMENT, CropPlan, collate_crops
 from toolkit.data.pairs import PairPlan, collate_pairs
 from toolkit.data.spans import PoolPlan, collate_language_model, collate_revela
@@ -19,6 +22,7 @@ from toolkit.data.tokens import frame, pad_id
 from toolkit.models.backbone import load_tokenizer
 from toolkit.prepare import ModelSource, prepare_passages
 from toolkit.prepare_crops import prepare_crops
+from toolkit.prepare_neighbours import prepare_bundles
 from toolkit.prepare_pairs import prepare_pairs
 from toolkit.recipe import (
     ContrastiveObjective,
@@ -44,18 +48,27 @@ class Feed(NamedTuple):
     examples: list[str]
 
 
-def open_feed(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Path, lm: ModelSource | None) -> Feed:
+def open_feed(
+    recipe: Recipe,
+    index: int,
+    run: Path,
+    tokenizer: Any,
+    retriever: ModelSource,
+    lm: ModelSource | None,
+    device: torch.device | str,
+) -> Feed:
     """The rows of stage `index`, a function of the recipe alone; their order follows `data_seed`.
 
     Args:
-        tokenizer, folder: of the retriever.
+        tokenizer: the retriever's.
         lm: Revela's language model.
+        device: where documents are embedded, if the recipe asks for it.
 
     Raises:
         RecipeError: for data that is malformed, empty or too small, the same on every rank.
     """
     try:
-        return _open(recipe, index, run, tokenizer, folder, lm)
+        return _open(recipe, index, run, tokenizer, retriever, lm, device)
     except RecipeError as error:
         at_a_key = str(error).startswith(("data.", "batch.", "encoder.", "objective."))
         raise RecipeError(f"stages.{index}.{error}" if at_a_key else str(error)) from None
@@ -70,15 +83,23 @@ def data_seed(recipe: Recipe, index: int) -> int:
     return data_seed(recipe, index - 1) + 1 if recipe.stages[index].start == "previous" else recipe.seed
 
 
-def _open(recipe: Recipe, index: int, run: Path, tokenizer: Any, folder: Path, lm: ModelSource | None) -> Feed:
+def _open(
+    recipe: Recipe,
+    index: int,
+    run: Path,
+    tokenizer: Any,
+    retriever: ModelSource,
+    lm: ModelSource | None,
+    device: torch.device | str,
+) -> Feed:
     stage, seed = recipe.stages[index], data_seed(recipe, index)
     match stage.objective:
         case ContrastiveObjective():
-            return _pairs(stage, recipe.seed, seed, run, tokenizer, folder)
+            return _pairs(stage, recipe.seed, seed, run, tokenizer, retriever.folder)
         case ReContrieverObjective():
-            return _crops(stage, stage.objective, seed, run, tokenizer, folder)
+            return _crops(stage, stage.objective, seed, run, tokenizer, retriever.folder)
         case LanguageModelObjective() | RevelaObjective():
-            return _passages(stage, seed, run, _reader(stage, tokenizer, lm))
+            return _passages(stage, seed, run, retriever, device, _reader(stage, tokenizer, lm))
 
 
 def _pairs(stage: Stage, limit_seed: int, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
@@ -131,15 +152,29 @@ def _collate_crops(plan: CropPlan, settings: dict[str, Any], pool: int, places: 
     return collate_crops(plan, rows, pool, places, **settings)
 
 
-def _passages(stage: Stage, seed: int, run: Path, read: Callable[[list[str], np.ndarray], Any]) -> Feed:
-    store = prepare_passages(stage.data, run)
-    plan = PoolPlan(store.document, store.group_size, stage.batch.pool, stage.data.interleave, seed)
+def _passages(
+    stage: Stage,
+    seed: int,
+    run: Path,
+    retriever: ModelSource,
+    device: torch.device | str,
+    read: Callable[[list[str], np.ndarray], Any],
+) -> Feed:
+    data, pool = stage.data, stage.batch.pool
+    store = prepare_passages(data, run)
+    if data.neighbours is None:
+        plan, digest = PoolPlan(store.document, store.group_size, pool, data.interleave, seed), store.digest
+    else:
+        assert data.interleave is not None  # the recipe demands it
+        order = prepare_bundles(stage, store, retriever, run, device)
+        plan = BundlePlan(store.document, order, data.interleave, pool, seed)
+        digest = hashlib.blake2b(store.digest.encode() + order.tobytes(), digest_size=8).hexdigest()
     examples = store.texts(range(min(CHECKED_TEXTS, len(store))))
 
     def collate(_pool: int, _places: np.ndarray, rows: np.ndarray) -> Any:
         return read(store.texts(rows), store.document[rows])
 
-    return Feed(plan, collate, len(store), "passages", store.digest, examples)
+    return Feed(plan, collate, len(store), "passages", digest, examples)
 
 
 def _reader(stage: Stage, tokenizer: Any, lm: ModelSource | None) -> Callable[[list[str], np.ndarray], Any]:
@@ -155,4 +190,5 @@ def _reader(stage: Stage, tokenizer: Any, lm: ModelSource | None) -> Callable[[l
         encoder=stage.encoder,
         half_query=objective.half_query,
         lm_max_tokens=objective.language_model.max_tokens,
+        near_duplicates=stage.data.near_duplicates,
     )

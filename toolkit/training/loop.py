@@ -89,7 +89,7 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
     sources = stage_sources(recipe, index, run)
     base, adapter = sources.retriever.folder, sources.retriever.adapter
     tokenizer = load_tokenizer(base)
-    feed = open_feed(recipe, index, run, tokenizer, base, sources.language_model)
+    feed = open_feed(recipe, index, run, tokenizer, sources.retriever, sources.language_model, device)
     engine = build_engine(
         stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
     )

@@ -1,0 +1,122 @@
+"""Bundles of documents that are neighbours, by BM25 or by the starting retriever; cached below <run>/prepared/.
+
+Called by training on every rank: BM25 works on rank 0, all ranks embed; a problem is a RecipeError on every rank.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from toolkit.bm25 import bm25_neighbours
+from toolkit.collectives import on_rank_zero
+from toolkit.data.bundles import bundle
+from toolkit.data.spans import PassageStore, document_places
+from toolkit.embed import embed_texts, load_retriever
+from toolkit.files import replacing_folder
+from toolkit.models.backbone import DTYPES
+from toolkit.prepare import ModelSource, on_every_rank, open_everywhere, together
+from toolkit.recipe import Bm25Neighbours, RecipeError, Stage
+from toolkit.search import top_k
+
+NEIGHBOURS = 32  # looked at for each document, then those of its neighbours
+WORDS = 256  # of a document that BM25 reads, more or less: whole passages, until there are so many
+_FILE = "order.npy"
+
+
+def prepare_bundles(
+    stage: Stage, store: PassageStore, retriever: ModelSource, run: Path, device: torch.device | str
+) -> np.ndarray:
+    """The documents of a store, each run of `data.interleave` a bundle of neighbours; made once below `run`.
+
+    All nodes must see `run`. Embeddings made anew on another number of ranks may differ in their last bits, and so may
+    bundles whose documents are nearly equally near; whoever resumes knows them by the digest of the order.
+
+    Returns:
+        int64 [documents], each once; see toolkit.data.bundles.
+
+    Raises:
+        RecipeError: for a retriever that cannot be loaded, documents without words, or a damaged cache.
+    """
+    folder = Path(together(lambda: str(run / "prepared" / f"bundles_{_key(stage, store, retriever)}")))
+    if not on_rank_zero(folder.is_dir):
+        data, size = stage.data, stage.data.interleave
+        assert data.neighbours is not None and size is not None  # the recipe demands them
+        if isinstance(data.neighbours, Bm25Neighbours):
+            code = data.neighbours.text == "code"
+            together(lambda: _write(folder, _by_bm25(store, code), size))
+        else:
+            vectors = _embedded(stage, store, retriever, device)
+            together(lambda: _write(folder, _by_vectors(vectors), size))
+    return open_everywhere(folder, lambda found: _read(found, store.meta["documents"]))
+
+
+def _key(stage: Stage, store: PassageStore, retriever: ModelSource) -> str:
+    """16 hex digits of what decides the bundles: texts, setting, size; of embeddings also weights and how they read."""
+    assert stage.data.neighbours is not None
+    parts: list[Any] = [store.digest, stage.data.neighbours.model_dump(), stage.data.interleave]
+    if not isinstance(stage.data.neighbours, Bm25Neighbours):
+        parts += [stage.encoder.model_dump(), stage.precision, _content(retriever)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _content(model: ModelSource) -> list[list[str]]:
+    """Names and hashes of the files that make a model."""
+    folders = [model.folder] if model.adapter is None else [model.folder, model.adapter]
+    found = []
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        if path.suffix in (".safetensors", ".json", ".model", ".txt"):
+            with path.open("rb") as file:
+                found.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return found
+
+
+def _by_bm25(store: PassageStore, code: bool) -> np.ndarray:
+    first, length = document_places(store.document)
+    heads = [_head(store, int(start), int(count)) for start, count in zip(first, length, strict=True)]
+    try:
+        return bm25_neighbours(heads, NEIGHBOURS, code=code)
+    except ValueError as error:
+        raise RecipeError(f'data.neighbours: {error}; choose other data, another "text" or null') from None
+
+
+def _head(store: PassageStore, start: int, count: int) -> str:
+    """The first passages of a document, WORDS words in all or a passage more."""
+    taken: list[str] = []
+    words = 0
+    for passage in range(start, start + count):
+        taken += store.texts([passage])
+        words += len(taken[-1].split())
+        if words >= WORDS:
+            break
+    return "\n".join(taken)
+
+
+def _embedded(stage: Stage, store: PassageStore, source: ModelSource, device: torch.device | str) -> np.ndarray:
+    """The vector of each document's first passage: fp32 [documents, dim], on every rank."""
+    dtype = DTYPES[stage.precision]
+    retriever = on_every_rank(lambda: load_retriever(source.folder, stage.encoder, dtype, device, source.adapter))
+    return embed_texts(retriever, store.texts(document_places(store.document)[0]), "passage")
+
+
+def _by_vectors(vectors: np.ndarray) -> np.ndarray:
+    """The nearest other documents by inner product: int64 [documents, NEIGHBOURS], -1 in place of the document."""
+    _, found = top_k(vectors, vectors, NEIGHBOURS + 1)
+    return np.where(found == np.arange(len(found))[:, None], -1, found)
+
+
+def _write(folder: Path, neighbours: np.ndarray, size: int) -> None:
+    order = bundle(neighbours, size)
+    with replacing_folder(folder) as work:
+        np.save(work / _FILE, order, allow_pickle=False)
+    print(f"data: {-(-len(order) // size):,} bundles of {size} neighbouring documents", flush=True)
+
+
+def _read(folder: Path, documents: int) -> np.ndarray:
+    order = np.load(folder / _FILE, allow_pickle=False)
+    if order.dtype != np.int64 or not np.array_equal(np.sort(order), np.arange(documents)):
+        raise ValueError(f"{_FILE} does not name each of {documents} documents once")
+    return order
