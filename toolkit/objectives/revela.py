@@ -17,7 +17,7 @@ from toolkit.models.backbone import DTYPES, adapted, check_window, load_causal_l
 from toolkit.models.encoder import Encoder
 from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel, PoolMemory
 from toolkit.objectives import Loss, Objective
-from toolkit.objectives.language_model import recompute_layers
+from toolkit.objectives.language_model import logit_chunks, recompute_layers
 from toolkit.recipe import Batch, RevelaObjective, Stage
 from toolkit.slicing import in_slices, padding, plan_slices
 
@@ -116,7 +116,8 @@ def build_revela(
 ) -> Revela:
     """The objective of a `revela` stage, in training mode; `adapter` is continued, else a new one is made."""
     dtype = DTYPES[stage.precision]
-    check_window(read_config(lm_folder), settings.language_model.max_tokens)
+    lm_config, max_tokens = read_config(lm_folder), settings.language_model.max_tokens
+    check_window(lm_config, max_tokens)
     backbone = adapted(load_encoder_backbone(folder, dtype, device), stage.lora, adapter, False, seed)
     causal_lm = load_causal_lm(lm_folder, dtype, INBATCH_ATTENTION, device)
     causal_lm = adapted(causal_lm, settings.language_model.lora, None, True, seed + 1)
@@ -126,7 +127,7 @@ def build_revela(
             recompute_layers(model)
     return Revela(
         Encoder(backbone, stage.encoder.pooling, stage.encoder.normalize),
-        InBatchLanguageModel(causal_lm, settings.v_norm),
+        InBatchLanguageModel(causal_lm, settings.v_norm, logit_chunks(stage, max_tokens, lm_config.vocab_size)),
         settings,
         stage.batch,
     )
