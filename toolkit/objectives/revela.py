@@ -18,7 +18,7 @@ from toolkit.models.encoder import Encoder
 from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel, PoolMemory
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import logit_chunks, recompute_layers
-from toolkit.recipe import Batch, RevelaObjective, Stage
+from toolkit.recipe import Batch, RevelaObjective, Stage, TemperatureDecay
 from toolkit.slicing import in_slices, padding, plan_slices
 
 LEARNING_ROW = 1e-3  # a row learns if 1 - sum_j w_ij^2, the trace of its softmax's Jacobian, is above this
@@ -33,13 +33,34 @@ class Revela(Objective):
         language_model: InBatchLanguageModel,
         settings: RevelaObjective,
         batch: Batch,
+        steps: int = 1,
     ) -> None:
+        """steps: optimizer steps of the stage, over which a temperature decays."""
         super().__init__()
         self.encoder = encoder
         self.language_model = language_model
         self.settings = settings
         self.span = batch.span
         self.batch = batch
+        self.steps = steps
+        self.step = 0  # optimizer steps taken
+
+    @property
+    def temperature(self) -> float:
+        """tau of the current optimizer step: constant, or from start at the first to end at the last."""
+        tau = self.settings.temperature
+        if not isinstance(tau, TemperatureDecay):
+            return tau
+        return tau.start * (tau.end / tau.start) ** (self.step / (self.steps - 1))
+
+    def after_step(self) -> None:
+        self.step += 1
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.step)} if isinstance(self.settings.temperature, TemperatureDecay) else {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.step = int(state["step"])
 
     def forward(self, batch: RevelaBatch) -> Loss:
         forward = self.batch.forward_rows, self.batch.forward_tokens
@@ -76,7 +97,7 @@ class Revela(Objective):
         similarity = query.to(dtype) @ passage.to(dtype).T
         own = torch.arange(len(query), device=query.device) + self._first_row(len(query))
         itself = F.one_hot(own, len(passage)).bool()
-        return (similarity / self.settings.temperature).masked_fill(itself, float("-inf")).softmax(-1)
+        return (similarity / self.temperature).masked_fill(itself, float("-inf")).softmax(-1)
 
     def memory(self, keys_values: Tensor, attention_mask: Tensor) -> PoolMemory:
         """Keys and values of the whole pool [S, 2, layers, G, L, d]; gathered once for all layers."""
@@ -99,6 +120,7 @@ class Revela(Objective):
         same = (document[:, None] == documents[None]).float()
         rows = torch.tensor(float(len(weights)), device=weights.device)
         return {
+            "temperature": (torch.full_like(rows, self.temperature), torch.ones_like(rows)),
             "row_entropy": (torch.special.entr(weights).sum(), rows),
             "weight_same_document": ((weights * same).sum(), rows),
             "rows_with_gradient": ((1 - weights.square().sum(1) > LEARNING_ROW).float().sum(), rows),
@@ -130,4 +152,5 @@ def build_revela(
         InBatchLanguageModel(causal_lm, settings.v_norm, logit_chunks(stage, max_tokens, lm_config.vocab_size)),
         settings,
         stage.batch,
+        stage.optim.steps,
     )
