@@ -57,6 +57,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
 
 # --------------------------------------------------------------------------- single keys
 
+TAU, TAU_FIX = "stages.1.objective.temperature", 'write a number, or {"start": ..., "end": ...} for a geometric decay'
 SINGLE = [
     ("sead", 1, "sead: unknown key; did you mean seed?"),
     ("stages.0.optim.warmup_step", 1, "stages.0.optim.warmup_step: unknown key; did you mean warmup_steps?"),
@@ -119,6 +120,12 @@ SINGLE = [
         "disk",
         'stages.0.zero.offload_optimizer: write "cpu", {"nvme": "<path>"} or null; found "disk"',
     ),
+    (TAU, 0, f"{TAU}: input should be greater than 0; found 0"),
+    (TAU, True, f"{TAU}: {TAU_FIX}; found true"),
+    (TAU, "0.05", f'{TAU}: {TAU_FIX}; found "0.05"'),
+    (TAU, {"start": 1, "end": 0}, f"{TAU}.end: input should be greater than 0; found 0"),
+    (TAU, {"start": 1}, f"{TAU}.end: missing; add this key: tau of its last; at most start"),
+    (TAU, {"start": 1, "end": 0.1, "strt": 2}, f"{TAU}.strt: unknown key; did you mean start?"),
     (
         "description",
         ["x" * 100],

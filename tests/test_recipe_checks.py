@@ -244,6 +244,14 @@ CROSS = {
         second("contrastive", objective__learn_temperature=True, objective__temperature=0.009),
         ["stages.1.objective.temperature: a learned temperature is at least 0.01; raise it"],
     ),
+    "a temperature that rises": (
+        [("stages.1.objective.temperature", {"start": 1e-4, "end": 0.05})],
+        ["stages.1.objective.temperature.end: 0.05 is above start 0.0001; a temperature decays, so lower it"],
+    ),
+    "a decay in one step": (
+        [("stages.1.objective.temperature", {"start": 0.05, "end": 0.05}), ("stages.1.optim.steps", 1)],
+        ["stages.1.objective.temperature: one step has no decay; write a number"],
+    ),
     "a Matryoshka dimension twice": (
         second("contrastive", objective__matryoshka=[32, 8, 8]),
         ["stages.1.objective.matryoshka: names a dimension twice; name each once"],
@@ -330,6 +338,9 @@ def test_what_the_cross_checks_must_let_through(tmp_path):
         second("recontriever", zero={"stage": 3}),
         second("recontriever", zero={"stage": 3}, lora=None, objective__queue=None),
         second("recontriever", zero={"stage": 2}, lora=None),
+        [("stages.1.objective.temperature", {"start": 0.05, "end": 1e-4}), ("stages.1.optim.steps", 2)],
+        [("stages.1.objective.temperature", {"start": 0.05, "end": 0.05})],
+        [("stages.1.objective.temperature", 1)],
     ],
 )
 def test_what_the_checks_of_data_and_methods_must_let_through(tmp_path, changes):

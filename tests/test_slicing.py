@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import toolkit.slicing
 from toolkit.data.tokens import Tokens
-from toolkit.slicing import Slices, in_slices, padding, plan_slices
+from toolkit.slicing import Slices, in_slices, most_tokens, padding, plan_slices
 
 
 class Pair(NamedTuple):
@@ -165,3 +165,20 @@ def test_a_full_slice_ends_before_much_shorter_rows(monkeypatch: pytest.MonkeyPa
     assert slices.num_padded == slices.num_tokens
     monkeypatch.setattr(toolkit.slicing, "ENOUGH_OF_BUDGET", 2)  # only a budget that is used up ends a slice
     assert plan_slices(mask, None, 1000).num_padded > slices.num_padded
+
+
+@pytest.mark.parametrize(
+    ("forward_rows", "forward_tokens"), [(None, None), (3, None), (99, None), (None, 5), (None, 64)]
+)
+def test_no_slice_has_more_tokens_than_most_tokens(forward_rows: int | None, forward_tokens: int | None) -> None:
+    """And rows of full length reach it."""
+    rows, longest, widest = 11, 16, []
+    generator = torch.Generator().manual_seed(0)
+    bound = most_tokens(rows, longest, forward_rows, forward_tokens)
+    for least in (1, 8, longest):
+        lengths = torch.randint(least, longest + 1, (rows, 1), generator=generator)
+        mask = (torch.arange(longest) < lengths).long()
+        slices = plan_slices(mask, forward_rows, forward_tokens)
+        counts = [rows] if slices.rows is None else [len(part) for part in slices.rows]
+        widest.append(max(count * length for count, length in zip(counts, slices.lengths, strict=True)))
+    assert max(widest) == widest[-1] == bound

@@ -131,12 +131,36 @@ class RevelaLanguageModel(Section):
     max_tokens: Annotated[int, Field(ge=2)] = Field(description="Longest passage in tokens, as the model reads it.")
 
 
+class TemperatureDecay(Section):
+    """Geometric decay: start * (end / start) ** (t / (steps - 1)) at the optimizer steps t = 0 .. steps - 1."""
+
+    start: Annotated[float, Field(gt=0)] = Field(description="tau of the stage's first optimizer step.")
+    end: Annotated[float, Field(gt=0)] = Field(description="tau of its last; at most start.")
+
+
+def _temperature_kind(value: Any) -> str | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "constant"
+    return "decay" if isinstance(value, dict | TemperatureDecay) else None
+
+
+Temperature = Annotated[
+    Annotated[Annotated[float, Field(gt=0)], Tag("constant")] | Annotated[TemperatureDecay, Tag("decay")],
+    Discriminator(
+        _temperature_kind,
+        custom_error_type="temperature_kind",
+        custom_error_message='write a number, or {"start": ..., "end": ...} for a geometric decay',
+    ),
+]
+
+
 class RevelaObjective(Section):
     """Revela (arXiv 2506.16552): a retriever learns from next-token prediction through in-batch attention."""
 
     name: Literal["revela"]
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        description="tau of the softmax over similarities; the paper uses 1e-4 with bf16 similarities."
+    temperature: Temperature = Field(
+        description="tau of the softmax over similarities, constant or decaying; the paper uses 1e-4 with bf16 "
+        "similarities."
     )
     similarity_dtype: Literal["fp32", "bf16", "fp64"] = Field(
         description="Number format of similarities, weights and their softmax."

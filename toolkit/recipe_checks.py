@@ -21,6 +21,7 @@ from toolkit.recipe import (
     SourceSettings,
     Stage,
     StdlibSource,
+    TemperatureDecay,
     Zero,
 )
 
@@ -50,6 +51,8 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _check_method(at, stage)
         if isinstance(stage.objective, RevelaObjective) and not stage.encoder.normalize:
             yield f"{at}.encoder.normalize", "revela's similarities are cosines; set normalize to true"
+        if isinstance(stage.objective, RevelaObjective) and isinstance(stage.objective.temperature, TemperatureDecay):
+            yield from _check_decay(f"{at}.objective.temperature", stage.objective.temperature, stage.optim.steps)
         if isinstance(stage.objective, LanguageModelObjective) and stage.lora is not None:
             yield f"{at}.lora", "language_model trains all parameters; set lora to null"
         if stage.optim.warmup_steps > stage.optim.steps:
@@ -196,6 +199,14 @@ def _check_pairs(at: str, data: Data, pairs: bool) -> Iterator[tuple[str, str]]:
         yield f"{at}.mix", 'missing; write "rows" (all sources in every pool) or "pools" (one source per pool)'
     if len(data.sources) == 1 and data.mix is not None:
         yield f"{at}.mix", "there is one source; remove the key"
+
+
+def _check_decay(at: str, decay: TemperatureDecay, steps: int) -> Iterator[tuple[str, str]]:
+    """A decay falls, and has a first and a last step."""
+    if decay.end > decay.start:
+        yield f"{at}.end", f"{decay.end:g} is above start {decay.start:g}; a temperature decays, so lower it"
+    if steps == 1:
+        yield at, "one step has no decay; write a number"
 
 
 def _check_method(at: str, stage: Stage) -> Iterator[tuple[str, str]]:

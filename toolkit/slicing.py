@@ -52,6 +52,13 @@ def plan_slices(attention_mask: Tensor, forward_rows: int | None, forward_tokens
     return Slices([torch.tensor(group, device=device) for group in groups], longest, sum(lengths), padded)
 
 
+def most_tokens(rows: int, max_tokens: int, forward_rows: int | None, forward_tokens: int | None) -> int:
+    """Bound of the padded tokens of a slice that `plan_slices` makes of `rows` rows; the same on every rank."""
+    if forward_tokens is not None:
+        return min(max(forward_tokens, max_tokens), rows * max_tokens)
+    return min(rows, forward_rows or rows) * max_tokens
+
+
 def _by_length(lengths: list[int], budget: int, device: torch.device) -> list[list[int]]:
     """Rows from the longest to the shortest, cut where a slice would pass the budget or a row be padded much.
 

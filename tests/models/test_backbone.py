@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_model, wordpiece_tokenizer
 from tiny_retriever import ENCODERS, TARGETS, small_model, small_tokenizer
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from toolkit.data.tokens import Tokens, frame, pad, tokenize
 from toolkit.models.backbone import (
+    CAUSAL_TYPES,
     ENCODER_TYPES,
     adapted,
     add_lora,
@@ -220,3 +221,28 @@ def test_a_named_end_token_stays(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"names no end token \(eos_token\)"):
         load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------- the head
+
+
+def of_head(causal_lm: Any, ids: torch.Tensor) -> bool:
+    """Whether the logits are what the head makes of the last states: the next-token loss takes them so."""
+    with torch.no_grad():
+        logits, states = causal_lm(input_ids=ids).logits, causal_lm.model(input_ids=ids).last_hidden_state
+        return torch.equal(logits, causal_lm.get_output_embeddings()(states))
+
+
+def test_the_head_alone_makes_the_logits_of_every_type_that_is_read(tmp_path: Path) -> None:
+    """Types that scale or cap their logits after the head are not read."""
+    ids = torch.tensor(random_rows(9)) % 96
+    for kind in CAUSAL_TYPES:
+        assert of_head(load_causal_lm(save_model(tmp_path / kind, kind), torch.float32, "sdpa"), ids)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    for kind in ("gemma2", "cohere", "granite"):
+        config = AutoConfig.for_model(kind, **sizes, **({"logits_scaling": 8.0} if kind == "granite" else {}))
+        assert not of_head(AutoModelForCausalLM.from_config(config).eval(), ids)
+        config.save_pretrained(tmp_path / kind)
+        with pytest.raises(ValueError, match=f"model type '{kind}' is not supported; use one of llama, mistral"):
+            read_config(tmp_path / kind)

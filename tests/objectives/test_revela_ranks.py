@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from distributed import run_on_ranks
 from pairwise import pairwise
-from tiny import save_model
+from tiny import VOCABULARY, save_model
 
 # In fp64, errors against the dense form. In fp32, by how much they pass the errors of the dense form in fp32, which are
 # rounding (1e-6 to 3e-6 of the gradient's norm). The smallest known mistake gives more than 1e-2.
@@ -33,6 +33,7 @@ METHOD = {
     "detach_kv": [False, True],
     "pooling": ["eos", "mean"],
     "near_duplicates": [None, {"ngram": 3, "threshold": 0.5}],
+    "max_logits": [2**27, 3 * VOCABULARY],  # one chunk, and up to 86 that are of three tokens or empty
 }
 
 
@@ -50,7 +51,8 @@ def as_case(number: int, factors: dict[str, Any]) -> dict[str, Any]:
     changes |= {f"objective__{key}": value for key, value in factors["sparse"].items()} | {
         "objective__max_dropped_mass": 1
     }
-    return {"arch": factors["arch"], "fp64": factors["fp64"], "seed": number, "changes": changes}
+    kept = {key: factors[key] for key in ("arch", "fp64", "max_logits")}
+    return kept | {"seed": number, "changes": changes}
 
 
 def full_product() -> list[dict[str, Any]]:

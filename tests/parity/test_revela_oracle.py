@@ -154,7 +154,7 @@ def test_from_texts_to_gradients(texts: list[str], dual: bool) -> None:
         assert not given[f"{theirs}.attention_mask"][:, width:].any()
     encoder = Encoder(load_encoder_backbone(FIXTURES / "encoder", torch.float32), "eos", True)
     causal_lm = load_causal_lm(FIXTURES / "reference", torch.float32, INBATCH_ATTENTION)
-    objective = Revela(encoder, InBatchLanguageModel(causal_lm, True), settings, stage.batch)
+    objective = Revela(encoder, InBatchLanguageModel(causal_lm, True), settings, stage.batch, None, stage.optim.steps)
     loss = objective(batch)
     loss.total.backward()
     prefix = "dual_" if dual else ""

@@ -28,11 +28,14 @@ OFFLOADED: dict[str, dict[str, Any]] = {
         **MODELS["full"],
     },
 }
+DECAY = {"objective__temperature": {"start": 0.5, "end": 0.01}}
 CHANGES = {f"{zero} {model}": ZERO[zero] | MODELS[model] for zero in ZERO for model in MODELS} | OFFLOADED
+CHANGES |= {"fp32 0 lora, temperature decays": ZERO["fp32 0"] | MODELS["lora"] | DECAY}
 CASES = {name: {"changes": changes, "control": None} for name, changes in CHANGES.items()}
 CONTROLS = {
     "forget_optimizer": {"changes": OF_THE_PAPER | MODELS["lora"], "control": "forget_optimizer"},
     "forget_masters": {"changes": OF_THE_PAPER | MODELS["full"], "control": "forget_masters"},
+    "forget_step": {"changes": ZERO["fp32 0"] | MODELS["lora"] | DECAY, "control": "forget_step"},
 }
 
 

@@ -30,7 +30,12 @@ def forget_masters(engine: Any) -> None:
     engine.zero_load_from_fp32_weights = lambda: False
 
 
-CONTROLS = {"forget_optimizer": forget_optimizer, "forget_masters": forget_masters}
+def forget_step(engine: Any) -> None:
+    """A decaying temperature begins anew."""
+    engine.module.load_extra_state = lambda state: None
+
+
+CONTROLS = {"forget_optimizer": forget_optimizer, "forget_masters": forget_masters, "forget_step": forget_step}
 
 
 def take_steps(engine: Any, stage: Stage, first: int, last: int) -> tuple[list[list[float]], dict[str, torch.Tensor]]:

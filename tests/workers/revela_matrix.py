@@ -18,6 +18,7 @@ from fp64 import fp64_inside
 from reference import NAME, revela_loss
 from tiny import random_pools, revela_stage, rows_of
 
+import toolkit.losses.language
 import toolkit.objectives.revela
 import toolkit.training.engine as engines
 from toolkit.collectives import gather, rank, sum_over_ranks, world_size
@@ -123,7 +124,7 @@ def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, float]:
     folder, lm_folder = Path(folders[case["arch"]]), Path(folders[case["arch"] + "_lm"])
     pools = random_pools(NUM_POOLS, POOL, seed=case["seed"])
     engines.build_objective = partial(build_perturbed, fp64=case["fp64"])
-    with precision(case["fp64"]):
+    with precision(case["fp64"]), mock.patch.object(toolkit.losses.language, "MAX_LOGITS", case["max_logits"]):
         engine = engines.build_engine(
             stage, 3, torch.device("cpu"), folder, None, lm_folder, reduce_bucket_size=3000,
             **({"stage3_param_persistence_threshold": 0} if stage.zero.stage == 3 else {}),

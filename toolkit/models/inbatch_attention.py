@@ -46,10 +46,12 @@ class Others(NamedTuple):
 class InBatchLanguageModel(nn.Module):
     """A causal language model in two passes: keys and values of every passage, then next tokens given the others."""
 
-    def __init__(self, causal_lm: nn.Module, v_norm: bool) -> None:
+    def __init__(self, causal_lm: nn.Module, v_norm: bool, logit_chunks: int = 1) -> None:
+        """logit_chunks: as in losses.language.row_nll, for the tokens of one slice."""
         super().__init__()
         self.causal_lm = causal_lm
         self.v_norm = v_norm
+        self.logit_chunks = logit_chunks
 
     def keys_values(self, tokens: Tokens, dual_loss: bool) -> FirstPass:
         """Pass 1, an ordinary causal forward.
@@ -76,7 +78,7 @@ class InBatchLanguageModel(nn.Module):
         return causal_lm.model(**tokens._asdict(), use_cache=False, **extra).last_hidden_state  # pyright: ignore
 
     def _row_nll(self, states: Tensor, tokens: Tokens) -> Tensor:
-        return row_nll(self.causal_lm.get_output_embeddings()(states), *tokens)  # pyright: ignore
+        return row_nll(self.causal_lm.get_output_embeddings(), states, *tokens, self.logit_chunks)  # pyright: ignore
 
 
 def attention_with_others(

@@ -56,7 +56,7 @@ def build_objective(
         case LanguageModelObjective():
             from toolkit.objectives.language_model import build_language_model
 
-            return build_language_model(stage, device, folder)
+            return build_language_model(stage, stage.objective, device, folder)
         case RevelaObjective():
             from toolkit.objectives.revela import build_revela
 

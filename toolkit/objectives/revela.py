@@ -20,9 +20,9 @@ from toolkit.models.encoder import Encoder
 from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel
 from toolkit.models.read_pairs import keep
 from toolkit.objectives import Loss, Objective
-from toolkit.objectives.language_model import recompute_layers
+from toolkit.objectives.language_model import logit_chunks, recompute_layers
 from toolkit.objectives.pool_memory import share_pool
-from toolkit.recipe import Batch, NearDuplicates, RevelaObjective, Stage
+from toolkit.recipe import Batch, NearDuplicates, RevelaObjective, Stage, TemperatureDecay
 from toolkit.slicing import in_slices, padding, plan_slices
 
 LEARNING_ROW = 1e-3  # a row learns if sum_j w_ij (1 - w_ij), the trace of its softmax's Jacobian, is above this
@@ -37,8 +37,10 @@ class Revela(Objective):
         language_model: InBatchLanguageModel,
         settings: RevelaObjective,
         batch: Batch,
-        near_duplicates: NearDuplicates | None = None,
+        near_duplicates: NearDuplicates | None,
+        steps: int,
     ) -> None:
+        """steps: optimizer steps of the stage, over which a temperature decays."""
         super().__init__()
         self.encoder = encoder
         self.language_model = language_model
@@ -46,6 +48,25 @@ class Revela(Objective):
         self.span = batch.span
         self.batch = batch
         self.near_duplicates = near_duplicates
+        self.steps = steps
+        self.step = 0  # optimizer steps taken
+
+    @property
+    def temperature(self) -> float:
+        """tau of the current optimizer step: constant, or from start at the first to end at the last."""
+        tau = self.settings.temperature
+        if not isinstance(tau, TemperatureDecay):
+            return tau
+        return tau.start * (tau.end / tau.start) ** (self.step / (self.steps - 1))
+
+    def after_step(self) -> None:
+        self.step += 1
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.step)} if isinstance(self.settings.temperature, TemperatureDecay) else {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.step = int(state["step"])
 
     def forward(self, batch: RevelaBatch) -> Loss:
         forward = self.batch.forward_rows, self.batch.forward_tokens
@@ -102,7 +123,7 @@ class Revela(Objective):
         if duplicates is not None:
             masked = masked | duplicates
         alone = masked.all(-1, keepdim=True)  # its softmax would be over nothing
-        scores = (similarity / self.settings.temperature).masked_fill(masked & ~alone, float("-inf"))
+        scores = (similarity / self.temperature).masked_fill(masked & ~alone, float("-inf"))
         return scores.softmax(-1).masked_fill(alone, 0)
 
     def _keep(self, weights: Tensor) -> Tensor:
@@ -129,12 +150,13 @@ class Revela(Objective):
     def _parts(
         self, weights: Tensor, kept: Tensor, document: Tensor, duplicates: Tensor | None
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Row entropy (nats), weight on passages of the same document, whether a row learns; what is read and masked."""
+        """Row entropy (nats), weight on the same document, whether a row learns; what is read and what is masked."""
         weights = weights.float()
         documents = gather(document) if self.span == "world" else document
         same = (document[:, None] == documents[None]).float()
         rows = torch.tensor(float(len(weights)), device=weights.device)
         parts = {
+            "temperature": (torch.full_like(rows, self.temperature), torch.ones_like(rows)),
             "row_entropy": (torch.special.entr(weights).sum(), rows),
             "weight_same_document": ((weights * same).sum(), rows),
             "kept_sources": (kept.sum().float(), rows),
@@ -162,7 +184,8 @@ def build_revela(
 ) -> Revela:
     """The objective of a `revela` stage, in training mode; `adapter` is continued, else a new one is made."""
     dtype = DTYPES[stage.precision]
-    check_window(read_config(lm_folder), settings.language_model.max_tokens)
+    lm_config, max_tokens = read_config(lm_folder), settings.language_model.max_tokens
+    check_window(lm_config, max_tokens)
     backbone = adapted(load_encoder_backbone(folder, dtype, device), stage.lora, adapter, False, seed)
     causal_lm = load_causal_lm(lm_folder, dtype, INBATCH_ATTENTION, device)
     causal_lm = adapted(causal_lm, settings.language_model.lora, None, True, seed + 1)
@@ -172,8 +195,9 @@ def build_revela(
             recompute_layers(model)
     return Revela(
         Encoder(backbone, stage.encoder.pooling, stage.encoder.normalize),
-        InBatchLanguageModel(causal_lm, settings.v_norm),
+        InBatchLanguageModel(causal_lm, settings.v_norm, logit_chunks(stage, max_tokens, lm_config.vocab_size)),
         settings,
         stage.batch,
         stage.data.near_duplicates,
+        stage.optim.steps,
     )
