@@ -32,7 +32,7 @@ from toolkit.training.process_group import start_distributed
 
 CPU = torch.device("cpu")
 SEED, WORDS, MAX_TOKENS, INTERLEAVE = 3, 100, 160, 8
-FEWEST = 128  # passages of a cell: small pools run several steps, so that all cells read texts of about one length
+FEWEST = 64  # passages of a cell: small pools run several steps, so that all cells read texts of about one length
 LORA = {
     "rank": 16,
     "alpha": 16.0,
