@@ -108,11 +108,19 @@ def padded(rows: list[list[int]], first: int, last: int) -> Tokens:
 
 
 def resident(field: str) -> int:
-    """Bytes by /proc/self/status: VmRSS now, VmHWM the highest since `measure` reset it."""
+    """Bytes by /proc/self/status: VmRSS now, VmHWM the highest since `settled`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status has no {field}")
+
+
+def settled() -> int:
+    """Bytes resident once what was freed has gone back; the peak (VmHWM) is counted anew from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what a warm-up freed goes back, so that the step has to ask for it
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def measure(
@@ -124,10 +132,7 @@ def measure(
     """
     loss_of(small).backward()
     module.zero_grad(set_to_none=True)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed goes back, so that the step has to ask for it
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.process_time()
+    before, start = settled(), time.process_time()
     loss = loss_of(batch)
     loss.backward()
     taken = time.process_time() - start
