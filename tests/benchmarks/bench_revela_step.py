@@ -54,7 +54,8 @@ LOGGED = {
     "row_entropy": ("entropy", ".2f"),
     "kept_sources": ("kept", ".2f"),
     "dropped_mass": ("dropped", ".1e"),
-    "exchange_mib": ("MiB sent", ".1f"),
+    "keys_values_mib_sent": ("MiB sent", ".1f"),
+    "keys_values_mib_least": ("least", ".1f"),
 }
 
 
@@ -120,6 +121,7 @@ class Pools:
             encoder=self._stage.encoder,
             half_query=objective.half_query,
             lm_max_tokens=objective.language_model.max_tokens,
+            near_duplicates=None,
         )
 
 
