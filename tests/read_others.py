@@ -14,7 +14,7 @@ def read_others(
     """[T, H, L, d] of query [T, H, L, d], keys and values [S, G, L, d], weights [T, S]; kept: bool [T, S]."""
     kept = keep(weights.detach(), 0.0, None) if kept is None else kept
     keys_values = torch.stack([key, value], 1)[:, :, None]
-    memory, _ = share_pool(keys_values, torch.tensor(lengths), kept.any(0), "rank")
-    target_length = torch.tensor([lengths[i % len(lengths)] for i in range(len(query))])
+    memory, _ = share_pool(keys_values, torch.tensor(lengths, device=query.device), kept.any(0), "rank")
+    target_length = torch.tensor([lengths[i % len(lengths)] for i in range(len(query))], device=query.device)
     pairs = pair_up(weights, kept, memory.place, target_length, memory.length)
-    return read_pairs(query, *memory.layers[0], pairs, scale, v_norm)
+    return read_pairs(query, memory.ticket, memory.layers[0], pairs, scale, v_norm)

@@ -204,12 +204,12 @@ def hub_problem(hub: str, error: Exception) -> str:
 
 
 def together(work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, on every rank; a RecipeError there is raised on every rank."""
+    """What `work` returns on rank 0, on every rank; what it cannot read or load is a RecipeError on every rank."""
 
     def outcome() -> list[Any]:
         try:
             return [work(), None]
-        except RecipeError as error:
+        except (RecipeError, ValueError, ImportError) as error:
             return [None, str(error)]
         except OSError as error:
             place = error.filename or "the disk"

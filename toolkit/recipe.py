@@ -163,7 +163,7 @@ class RevelaObjective(Section):
         "similarities."
     )
     similarity_dtype: Literal["fp32", "bf16", "fp64"] = Field(
-        description="Number format of similarities, weights and their softmax."
+        "fp32", description="Number format of similarities, weights and their softmax."
     )
     v_norm: bool = Field(
         description="Divide the in-batch term by the attended value norms (paper: on for text, off for code)."

@@ -1,15 +1,18 @@
 """What rows read of their sources against the dense form: both ways to attend, any lengths, any pairs; its memory."""
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
+import read_others as helper
 import torch
 from read_others import read_others
 from reference import in_batch_term
 from torch import Tensor
 
 from toolkit.models import read_pairs as module
-from toolkit.models.read_pairs import keep
+from toolkit.models.read_pairs import Pairs, keep, pair_up
 
 LENGTHS = (3, 9, 5, 9, 1)
 KEPT = {
@@ -25,7 +28,7 @@ KEPT = {
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to attend, several steps each; flash is what a GPU takes."""
     monkeypatch.setattr(module, "_by_flash", lambda query: request.param == "flash")
-    monkeypatch.setattr(module, "MATMUL_SCORES", 700)
+    monkeypatch.setitem(module.MATMUL_SCORES, "cpu", 700)
     monkeypatch.setattr(module, "FLASH_ELEMENTS", 4 * 4 * max(LENGTHS) * 8)
     return request.param
 
@@ -90,7 +93,7 @@ def test_leaving_out_zeros_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
     Of sizes at which the BLAS rounds a product alike whatever else is in its batch; at others the last bit may differ.
     """
     lengths = (30, 9, 17, 30, 5)
-    monkeypatch.setattr(module, "MATMUL_SCORES", 10 * 4 * 30 * 30)
+    monkeypatch.setitem(module.MATMUL_SCORES, "cpu", 10 * 4 * 30 * 30)
 
     def outcome(kept: Callable[[Tensor], Tensor]) -> list[Tensor]:
         x = layer(len(lengths), max(lengths), torch.float32, width=64)
@@ -116,6 +119,17 @@ def test_keeps_what_is_above_the_least_weight_and_the_largest_of_a_row() -> None
     assert keep(torch.tensor([[0.0, 1.0, 0.0]]), 0.0, 2).tolist() == [[False, True, False]]
 
 
+def test_a_memory_that_holds_nothing_is_read_by_nobody() -> None:
+    """As on a rank whose rows are all near-duplicates of the others."""
+    w, none = torch.zeros(2, 4, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    pairs = pair_up(w, torch.zeros(2, 4).bool(), none - 1, torch.tensor([3, 5]), none[:0])
+    query = torch.randn(2, 4, 5, 8, requires_grad=True)
+    read = module.read_pairs(query, torch.zeros(1), module.PoolLayer(torch.zeros(0, 2, 2, 5, 8)), pairs, 0.3, True)
+    assert read.shape == query.shape and not read.any()
+    of_query, of_weights = torch.autograd.grad(read.sum(), [query, w])
+    assert not of_query.any() and not of_weights.any()
+
+
 def saved_bytes(rows: int, length: int, plain: bool) -> int:
     x = layer(rows, length, torch.float32)
     sizes: dict[int, int] = {}
@@ -124,17 +138,24 @@ def saved_bytes(rows: int, length: int, plain: bool) -> int:
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    made: list[Pairs] = []
+
+    def noted(*args: Any) -> Pairs:
+        made.append(pair_up(*args))
+        return made[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), mock.patch.object(helper, "pair_up", noted):
         if plain:
             k, v = (x[name].repeat_interleave(2, 1) for name in "kv")
             out = in_batch_term(x["q"], k, v, real=torch.ones(rows, length), w=x["w"], scaling=0.3, v_norm=True)
         else:
             out = read_others(x["q"], x["k"], x["v"], (length,) * rows, x["w"], 0.3, True)
     assert out.requires_grad
-    return sum(sizes.values())
+    return sum(sizes.values()) + sum(part.nbytes for pairs in made for part in pairs)
 
 
 def test_saved_memory_is_linear_in_the_pool_and_in_the_length() -> None:
+    """Inputs and pairs, 20 bytes each, counted."""
     base = saved_bytes(8, 32, plain=False)
     assert saved_bytes(16, 32, plain=False) < 2.2 * base
     assert saved_bytes(8, 64, plain=False) < 2.2 * base

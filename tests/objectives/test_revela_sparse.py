@@ -54,8 +54,8 @@ def test_weights_that_underflow_are_left_out_without_a_trace(folder: Path) -> No
     """At temperature 1e-4 most weights are 0 in fp32: loss and gradients (in fp64) are those of reading every pair."""
     batch = random_pools(1, 8)[0]
 
-    def outcome(everything: bool) -> tuple[Loss, dict[str, torch.Tensor]]:
-        model = objective(folder, temperature=1e-4).double()
+    def outcome(everything: bool, **more: float) -> tuple[Loss, dict[str, torch.Tensor]]:
+        model = objective(folder, temperature=1e-4, **more).double()
         if everything:
             model._keep = lambda weights: torch.ones_like(weights).bool()
         loss = model(batch)
@@ -65,5 +65,7 @@ def test_weights_that_underflow_are_left_out_without_a_trace(folder: Path) -> No
     (dense, of_dense), (sparse, of_sparse) = outcome(True), outcome(False)
     assert logged(sparse)["kept_sources"] < 3 < logged(dense)["kept_sources"] == 8
     assert abs(sparse.total.item() / dense.total.item() - 1) < 1e-12
+    lossy, _ = outcome(False, min_weight=1e-3)
+    assert abs(lossy.total.item() / dense.total.item() - 1) > 1e-9
     for name, gradient in of_dense.items():
         assert float((of_sparse[name] - gradient).abs().max() / gradient.abs().max()) < 1e-12, name

@@ -124,7 +124,7 @@ def test_logits_and_the_term_of_one_layer() -> None:
     kept, length = keep(w, 0.0, None), text.attention_mask.sum(1)
     memory, _ = share_pool(model.keys_values(text, False).keys_values, length, kept.any(0), "rank")
     pairs = pair_up(w, kept, memory.place, length, memory.length)
-    states = model._states(text, others=Others(memory.layers, pairs, True))
+    states = model._states(text, others=Others(memory, pairs, True))
     real = torch.tensor(given["attention_mask"]).bool()
     assert error(causal_lm.lm_head(states)[real], expected["logits"][real.numpy()]) < 1e-9  # pyright: ignore
 

@@ -35,16 +35,14 @@ def main() -> None:
     whole = torch.cat([torch.nn.functional.pad(kv, (0, 0, 0, wide - kv.shape[-2])) for kv, _ in everyone]).detach()
     same = memory.length.equal(torch.cat([lengths for _, lengths in everyone])[needed])
     same &= memory.place[needed].equal(torch.arange(int(needed.sum())))
-    total = torch.zeros(())
-    for index, (ticket, layer) in enumerate(memory.layers):
+    for index, layer in enumerate(memory.layers):
         layer.ready()
         same &= layer.keys_values.equal(whole[needed][:, :, index])
         if needed.any():
             sources = torch.arange(int(needed.sum())).flip(0)
             weight = float(rank() + 1 + index)
             layer.add_gradient(sources, layer.keys_values[sources, 0] * weight, layer.keys_values[sources, 1] * weight)
-        total = total + ticket.sum()
-    total.backward()
+    memory.ticket.sum().backward()
     mine = needs[:, rank() * rows : (rank() + 1) * rows].double()  # [readers, rows]
     factor = torch.stack([(mine * (torch.arange(world_size()) + 1 + layer)[:, None]).sum(0) for layer in range(3)], 1)
     assert own.grad is not None

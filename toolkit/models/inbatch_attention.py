@@ -23,7 +23,8 @@ INBATCH_ATTENTION = "inbatch"  # the name under which `attn_implementation` find
 class PoolMemory(NamedTuple):
     """What pass 2 reads of the pool: the only state that passages share."""
 
-    layers: list[tuple[Tensor, PoolLayer]]  # ticket, and keys after rotary embedding with values of pass 1
+    layers: list[PoolLayer]  # keys after rotary embedding, and values, of pass 1
+    ticket: Tensor  # stands for them in the graph
     place: Tensor  # int64 [pool], where the layers hold each passage that some row of this rank reads
     length: Tensor  # int64 [S], real tokens of each passage that is held
 
@@ -38,9 +39,29 @@ class FirstPass(NamedTuple):
 class Others(NamedTuple):
     """The in-batch term of one forward: the pool, and what the rows read of it."""
 
-    layers: list[tuple[Tensor, PoolLayer]]
+    memory: PoolMemory
     pairs: Pairs
     v_norm: bool
+
+
+class Kept:
+    """Keys and values of a forward, layer by layer, until they are taken.
+
+    A layer runs again when its activations are recomputed: what it found is in the graph already, and not kept.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, Tensor] | None = {}
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if self._layers is not None:
+            self._layers[layer] = torch.stack([key, value], dim=1)
+
+    def take(self) -> Tensor:
+        """[rows, 2, layers, G, L, d]."""
+        assert self._layers is not None
+        layers, self._layers = self._layers, None
+        return torch.stack([layers[layer] for layer in sorted(layers)], dim=2)
 
 
 class InBatchLanguageModel(nn.Module):
@@ -58,11 +79,12 @@ class InBatchLanguageModel(nn.Module):
 
         The plain loss carries a gradient only if `dual_loss`; else it is computed for the log alone.
         """
-        kept: dict[int, Tensor] = {}
+        kept = Kept()
         states = self._states(tokens, keep=kept)
+        keys_values = kept.take()
         with torch.set_grad_enabled(dual_loss and torch.is_grad_enabled()):
             nll = self._row_nll(states, tokens)
-        return FirstPass(torch.stack([kept[layer] for layer in sorted(kept)], dim=2), nll)
+        return FirstPass(keys_values, nll)
 
     def row_nll(self, tokens: Tokens, weights: Tensor, kept: Tensor, memory: PoolMemory) -> Tensor:
         """Pass 2: row_nll [T] where every layer adds what it reads of the pool, weighted by `weights`.
@@ -71,7 +93,7 @@ class InBatchLanguageModel(nn.Module):
             weights: [T, pool]; kept: bool [T, pool], the pairs that are read.
         """
         pairs = pair_up(weights, kept, memory.place, tokens.attention_mask.sum(1), memory.length)
-        return self._row_nll(self._states(tokens, others=Others(memory.layers, pairs, self.v_norm)), tokens)
+        return self._row_nll(self._states(tokens, others=Others(memory, pairs, self.v_norm)), tokens)
 
     def _states(self, tokens: Tokens, **extra: Any) -> Tensor:
         causal_lm = self.causal_lm.get_base_model() if isinstance(self.causal_lm, PeftModel) else self.causal_lm
@@ -89,7 +111,7 @@ def attention_with_others(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    keep: dict[int, Tensor] | None = None,
+    keep: Kept | None = None,
     others: Others | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -108,12 +130,12 @@ def attention_with_others(
         scale=scaling,
     )
     if keep is not None:
-        # Written, never appended: a layer runs again when its activations are recomputed.
-        keep[module.layer_idx] = torch.stack([key, value], dim=1)
+        keep.put(module.layer_idx, key, value)
     if others is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        ticket, layer = others.layers[module.layer_idx]
-        output = output + read_pairs(query, ticket, layer, others.pairs, scale, others.v_norm)
+        memory = others.memory
+        layer = memory.layers[module.layer_idx]
+        output = output + read_pairs(query, memory.ticket, layer, others.pairs, scale, others.v_norm)
     return output.transpose(1, 2).contiguous(), None
 
 

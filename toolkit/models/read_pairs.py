@@ -1,20 +1,22 @@
 """What target passages read of their sources in one layer: only the pairs that are kept, a few at a time.
 
 Called by inbatch_attention.py. Legend of shapes: T target rows, S source passages, P kept pairs, H query heads, G
-key/value heads, R = H / G, L length, d head dimension.
+key/value heads, L length, d head dimension.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-6  # added to the attended norm, as the authors do
 PAD_CHANNELS = 8  # the value norm travels as an extra channel; kernels want head dimensions in multiples of 8
-MATMUL_SCORES = 2**21  # scores of a step by matmul: 8 MiB in fp32; 1 to 32 times that measured the same on a CPU
-FLASH_ELEMENTS = 2**27  # query elements of a step by flash attention, which holds no scores: 256 MiB in bf16
+# Scores of a step by matmul: 4 MiB in fp32 on a CPU (1 to 32 times that measured the same); a GPU wants few calls.
+MATMUL_SCORES = {"cpu": 2**20, "cuda": 2**27}
+FLASH_ELEMENTS = 2**24  # query elements of a step by flash attention, which holds no scores: 32 MiB in bf16
 
 
 class PoolLayer:
@@ -24,13 +26,12 @@ class PoolLayer:
     the whole pool's.
 
     Args:
-        ticket: a tensor of one element that stands for `keys_values` in autograd's graph: whoever made it gets
-            `take_gradient` as the gradient once all readers are through.
+        keys_values: [S, 2, G, L, d] without graph.
         ready: called before the first use, when keys and values may still be on their way.
     """
 
     def __init__(self, keys_values: Tensor, ready: Callable[[], Any] = lambda: None) -> None:
-        self.keys_values = keys_values  # [S, 2, G, L, d], no graph
+        self.keys_values = keys_values
         self.ready = ready
         self._gradient: Tensor | None = None
 
@@ -43,21 +44,20 @@ class PoolLayer:
             self._gradient[:, side, :, :length].index_add_(0, source, gradient.to(self._gradient.dtype))
 
     def take_gradient(self) -> Tensor:
-        """The sum so far, in the dtype of the keys; zeros if no pair was read."""
-        gradient, self._gradient = self._gradient, None
-        return torch.zeros_like(self.keys_values) if gradient is None else gradient.to(self.keys_values.dtype)
+        """The sum, in the dtype of the keys; zeros if no pair was read. All readers are through: nothing stays here."""
+        whole, gradient = self.keys_values, self._gradient
+        self.keys_values, self._gradient = whole[:0], None
+        return torch.zeros_like(whole) if gradient is None else gradient.to(whole.dtype)
 
 
 class Pairs(NamedTuple):
     """The kept pairs of a slice of target rows, from the longest source to the shortest."""
 
-    target: Tensor  # int64 [P], row of the slice
-    source: Tensor  # int64 [P], place in the pool's memory
+    target: Tensor  # int32 [P], row of the slice
+    source: Tensor  # int32 [P], place in the pool's memory
     weight: Tensor  # [P], with graph
-    target_length: Tensor  # int64 [P], real tokens
-    source_length: Tensor  # int64 [P]
-    target_lengths: list[int]  # the same on the host
-    source_lengths: list[int]
+    target_length: np.ndarray  # int32 [P], real tokens; on the host, which cuts the steps
+    source_length: np.ndarray  # int32 [P]
 
 
 def keep(weights: Tensor, min_weight: float, max_sources: int | None) -> Tensor:
@@ -84,21 +84,23 @@ def pair_up(weights: Tensor, kept: Tensor, place: Tensor, target_length: Tensor,
     target, column = kept.nonzero(as_tuple=True)
     source = place[column]
     # Always in this order, so that pairs of weight 0 change no bit of a sum by their absence.
-    order = torch.argsort((source_length.max() - source_length[source]) * len(source_length) + source, stable=True)
+    order = torch.argsort(source - source_length[source] * len(source_length), stable=True)
     target, column, source = target[order], column[order], source[order]
-    lengths = target_length[target], source_length[source]
-    return Pairs(target, source, weights[target, column], *lengths, *(each.tolist() for each in lengths))
+    lengths = (length.int().cpu().numpy() for length in (target_length[target], source_length[source]))
+    return Pairs(target.int(), source.int(), weights[target, column], *lengths)
 
 
 def read_pairs(query: Tensor, ticket: Tensor, layer: PoolLayer, pairs: Pairs, scale: float, v_norm: bool) -> Tensor:
     """sum_j w_ij b_ij of every target i over its kept sources j: [T, H, L, d] in the dtype of `query`.
 
     b_ij = A_ij V_j / (A_ij ||V_j|| + 1e-6) with A_ij = softmax_k(scale Q_i K_j^T) over the real tokens of j; without
-    `v_norm` A_ij V_j (Revela, section 3.2). Nothing of the pairs is kept for the backward pass, which computes them
-    again: saved memory is `query` and the weights, O(T H L d). Weights and the sum are fp32 (fp64 for fp64).
+    `v_norm` A_ij V_j (Revela, section 3.2). What pairs read is computed again in the backward pass: kept are `query`,
+    O(T H L d), and 20 bytes a pair. Weights and the sum are fp32 (fp64 for fp64).
 
     Args:
-        query: [T, H, L, d]; ticket: see PoolLayer.
+        query: [T, H, L, d].
+        ticket: a tensor of one element that stands for keys and values in autograd's graph: whoever made it takes
+            their gradient from `layer` once all readers are through.
     """
     return _ReadPairs.apply(query, pairs.weight, ticket, layer, pairs, scale, v_norm)  # pyright: ignore
 
@@ -131,13 +133,17 @@ class _ReadPairs(torch.autograd.Function):
         grad = grad.to(_sum_dtype(grad.dtype))
         grad_query, grad_weight = torch.zeros_like(grad), torch.zeros_like(weight)
         for step in _steps(query, pairs):
-            parts = _Parts(*(x.detach().requires_grad_() for x in _parts(query, layer, weight, pairs, step)))
+            parts = _Parts(*(x.detach() for x in _parts(query, layer, weight, pairs, step)))
+            wanted = parts if ctx.needs_input_grad[2] else (parts.query, parts.weight)
+            for part in wanted:
+                part.requires_grad_()
             with torch.enable_grad():
                 read = _read(parts, pairs, step, scale, v_norm)
-            of_query, key, value, grad_weight[step] = torch.autograd.grad(read, parts, grad[pairs.target[step]])
-            grad_query.index_add_(0, pairs.target[step], of_query.to(grad_query.dtype))
+            found = torch.autograd.grad(read, wanted, grad[pairs.target[step]])
+            grad_query.index_add_(0, pairs.target[step], found[0].to(grad_query.dtype))
+            grad_weight[step] = found[-1]
             if ctx.needs_input_grad[2]:
-                layer.add_gradient(pairs.source[step], key, value)
+                layer.add_gradient(pairs.source[step], found[1], found[2])
         ticket = grad.new_zeros(1) if ctx.needs_input_grad[2] else None
         return grad_query.to(query.dtype), grad_weight, ticket, None, None, None, None
 
@@ -149,15 +155,14 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _steps(query: Tensor, pairs: Pairs) -> Iterator[slice]:
     """Runs of pairs that are read in one call: by matmul of one source length, so that no key is padding."""
     _, H, L, d = query.shape
-    lengths, first = pairs.source_lengths, 0
+    lengths, first = pairs.source_length, 0
     while first < len(lengths):
         if _by_flash(query):
             last = min(first + max(1, FLASH_ELEMENTS // (H * L * d)), len(lengths))
         else:
-            last = first + 1
-            most = first + max(1, MATMUL_SCORES // (H * L * lengths[first]))
-            while last < min(most, len(lengths)) and lengths[last] == lengths[first]:
-                last += 1
+            longest = int(lengths[first])  # falling, so that those of one length are a run
+            run = int(np.searchsorted(-lengths, -longest, side="right"))
+            last = min(first + max(1, MATMUL_SCORES[query.device.type] // (H * L * longest)), run)
         yield slice(first, last)
         first = last
 
@@ -176,7 +181,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(query: Tensor, layer: PoolLayer, weight: Tensor, pairs: Pairs, step: slice) -> _Parts:
-    rows = layer.keys_values[:, :, :, : pairs.source_lengths[step.start]].index_select(0, pairs.source[step])
+    rows = layer.keys_values[:, :, :, : int(pairs.source_length[step.start])].index_select(0, pairs.source[step])
     return _Parts(query.index_select(0, pairs.target[step]), rows[:, 0], rows[:, 1], weight[step])
 
 
@@ -186,13 +191,16 @@ def _read(parts: _Parts, pairs: Pairs, step: slice, scale: float, v_norm: bool) 
     d = query.shape[-1]
     if v_norm:  # the norms are one more value channel of the same attention
         value = torch.cat([value, torch.linalg.vector_norm(value, dim=-1, keepdim=True)], -1)
-    read = (attend_by_flash if _by_flash(query) else attend_by_matmul)(query, key, value, pairs, step, scale)
+    if _by_flash(query):
+        read = attend_by_flash(query, key, value, pairs.target_length[step], pairs.source_length[step], scale)
+    else:
+        read = attend_by_matmul(query, key, value, scale)
     read = read.to(_sum_dtype(read.dtype))
     factor = weight.to(read.dtype)[:, None, None, None]
     return read[..., :d] * (factor / (read[..., d:] + NORM_EPS)) if v_norm else read * factor
 
 
-def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, step: slice, scale: float) -> Tensor:
+def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v with all scores of a step at once; sources of one length.
 
     On a CPU 1.3 times as fast as the library's fused attention, forward and backward.
@@ -204,7 +212,9 @@ def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, st
     return (attention @ value).reshape(p, H, L, -1)
 
 
-def attend_by_flash(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, step: slice, scale: float) -> Tensor:
+def attend_by_flash(
+    query: Tensor, key: Tensor, value: Tensor, target_length: np.ndarray, source_length: np.ndarray, scale: float
+) -> Tensor:
     """The same of any lengths in one call of the library's attention over sequences without padding (nested tensors).
 
     Queries that are padding read nothing.
@@ -212,30 +222,27 @@ def attend_by_flash(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, ste
     p, H, L, _ = query.shape
     repeats, width = H // key.shape[1], value.shape[-1]
     channels = -(-width // PAD_CHANNELS) * PAD_CHANNELS
-    of_target, of_source = pairs.target_lengths[step], pairs.source_lengths[step]
-    real = _real_tokens(pairs.target_length[step], of_target, L)
-    real_keys = _real_tokens(pairs.source_length[step], of_source, key.shape[2])
-    q = _pack(query, real, pairs.target_length[step], of_target, channels)
-    k, v = (
-        _pack(x.repeat_interleave(repeats, 1), real_keys, pairs.source_length[step], of_source, channels)
-        for x in (key, value)
-    )
+    real, of_target = _real_tokens(target_length, L, query.device)
+    real_keys, of_source = _real_tokens(source_length, key.shape[2], query.device)
+    q = _pack(query, real, of_target, target_length, channels)
+    k, v = (_pack(x.repeat_interleave(repeats, 1), real_keys, of_source, source_length, channels) for x in (key, value))
     read = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).values()[..., :width]
     padded = read.new_zeros(p * L, H, width).index_copy(0, real, read)
     return padded.view(p, L, H, width).transpose(1, 2)
 
 
-def _real_tokens(length: Tensor, lengths: list[int], width: int) -> Tensor:
-    """Places of the real tokens of padded rows laid end to end; no wait for the device, whose count is on the host."""
-    rows = torch.arange(len(lengths), device=length.device)
-    row = rows.repeat_interleave(length, output_size=sum(lengths))
-    return torch.arange(len(row), device=length.device) + (rows * width - (length.cumsum(0) - length))[row]
+def _real_tokens(lengths: np.ndarray, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of the real tokens of padded rows laid end to end, and where each row's begin among them."""
+    ends = lengths.cumsum(dtype=np.int64)
+    shift = np.arange(len(lengths)) * width - (ends - lengths)
+    places = np.arange(ends[-1]) + np.repeat(shift, lengths)
+    return torch.from_numpy(places).to(device), F.pad(torch.from_numpy(ends), (1, 0)).to(device)
 
 
-def _pack(x: Tensor, real: Tensor, length: Tensor, lengths: list[int], channels: int) -> Tensor:
+def _pack(x: Tensor, real: Tensor, offsets: Tensor, lengths: np.ndarray, channels: int) -> Tensor:
     """Real tokens of [p, H, L, d] as a nested tensor [p, H, (length), channels]."""
-    tokens = F.pad(x.transpose(1, 2).flatten(0, 1)[real], (0, channels - x.shape[-1]))
-    jagged = torch.nested.nested_tensor_from_jagged(
-        tokens, F.pad(length.cumsum(0), (1, 0)), min_seqlen=min(lengths), max_seqlen=max(lengths)
-    )
+    tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, real)
+    tokens = F.pad(tokens, (0, channels - x.shape[-1]))
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    jagged = torch.nested.nested_tensor_from_jagged(tokens, offsets, min_seqlen=shortest, max_seqlen=longest)
     return jagged.transpose(1, 2)

@@ -23,7 +23,7 @@ class Route(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Bytes that this rank sends to others for a pool's keys and values, and gets its gradients back for.
+    """Bytes that this rank sends to others for a pool's keys and values, their gradients' way back counted as well.
 
     least: the same of real tokens alone, each passage once to each rank that reads it.
     """
@@ -35,7 +35,7 @@ class Traffic(NamedTuple):
 def share_pool(keys_values: Tensor, length: Tensor, needed: Tensor, span: str) -> tuple[PoolMemory, Traffic]:
     """The memory of pass 2 from what every rank's pass 1 found; all ranks call it.
 
-    Forward, every layer's transfer is under way before the first is waited for.
+    Every layer's transfer is under way before the first is waited for, forward as backward.
 
     Args:
         keys_values: [rows, 2, layers, G, L, d], this rank's; without graph no gradients go back.
@@ -44,13 +44,15 @@ def share_pool(keys_values: Tensor, length: Tensor, needed: Tensor, span: str) -
             is "world", else as this rank's.
     """
     if span == "rank" or not is_distributed():
-        layers = [_send(own, None) for own in keys_values.unbind(2)]
-        return PoolMemory(layers, torch.arange(len(length), device=length.device), length), Traffic(0.0, 0.0)
-    longest = max_over_ranks(keys_values.shape[-2], keys_values.device)
-    keys_values = F.pad(keys_values, (0, 0, 0, longest - keys_values.shape[-2]))
+        layers = [PoolLayer(own) for own in keys_values.detach().unbind(2)]
+        place = torch.arange(len(length), device=length.device)
+        return PoolMemory(layers, _ticket(keys_values, layers, None), place, length), Traffic(0.0, 0.0)
+    missing = max_over_ranks(keys_values.shape[-2], keys_values.device) - keys_values.shape[-2]
+    keys_values = F.pad(keys_values, (0, 0, 0, missing)) if missing else keys_values
     route = _route(needed, len(length))
-    layers = [_send(own, route) for own in keys_values.unbind(2)]
-    memory = PoolMemory(layers, needed.cumsum(0) - 1, gather(length)[needed])
+    sent = [own.index_select(0, route.rows) for own in keys_values.detach().unbind(2)]
+    layers = [PoolLayer(*exchange_rows(rows, route.sent, route.received)) for rows in sent]
+    memory = PoolMemory(layers, _ticket(keys_values, layers, route), needed.cumsum(0) - 1, gather(length)[needed])
     return memory, _traffic(route, keys_values, length)
 
 
@@ -65,37 +67,34 @@ def _traffic(route: Route, keys_values: Tensor, length: Tensor) -> Traffic:
     own = sum(route.sent[: rank()])
     others[own : own + route.sent[rank()]] = False
     ways = 2 if keys_values.requires_grad else 1  # a gradient of the same size goes back for each
-    bytes_per_token = ways * keys_values[0, ..., 0, :].numel() * keys_values.element_size()
-    sent = route.rows[others]
-    return Traffic(
-        float(len(sent) * keys_values.shape[-2] * bytes_per_token), float(length[sent].sum()) * bytes_per_token
-    )
+    per_token = ways * keys_values[0, ..., 0, :].numel() * keys_values.element_size()
+    rows = route.rows[others]
+    return Traffic(float(len(rows) * keys_values.shape[-2] * per_token), float(length[rows].sum()) * per_token)
 
 
-def _send(own: Tensor, route: Route | None) -> tuple[Tensor, PoolLayer]:
-    """A layer [rows, 2, G, L, d] on its way, and the ticket that stands for it in the graph."""
-    values = own.detach()
-    if route is None:
-        layer = PoolLayer(values)
-    else:
-        received, wait = exchange_rows(values.index_select(0, route.rows), route.sent, route.received)
-        layer = PoolLayer(received, wait)
-    return _Ticket.apply(own, layer, route), layer  # pyright: ignore[reportReturnType]
+def _ticket(keys_values: Tensor, layers: list[PoolLayer], route: Route | None) -> Tensor:
+    return _Ticket.apply(keys_values, layers, route)  # pyright: ignore[reportReturnType]
 
 
 class _Ticket(torch.autograd.Function):
-    """Backward, once every reader of the layer is through: its gradient, sent back to the owners and summed there."""
+    """Backward, once all readers are through: every layer's gradient, sent back to the owners and summed there."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, layer: PoolLayer, route: Route | None) -> Tensor:  # pyright: ignore
-        ctx.layer, ctx.route, ctx.rows = layer, route, len(own)
-        return own.new_zeros(1)
+    def forward(ctx: Any, keys_values: Tensor, layers: list[PoolLayer], route: Route | None) -> Tensor:  # pyright: ignore
+        ctx.layers, ctx.route, ctx.rows = layers, route, len(keys_values)
+        return keys_values.new_zeros(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient = ctx.layer.take_gradient()
-        if ctx.route is not None:
-            back, wait = exchange_rows(gradient, ctx.route.received, ctx.route.sent)
+        route: Route | None = ctx.route
+        if route is None:
+            return torch.stack([layer.take_gradient() for layer in ctx.layers], 2), None, None
+        under_way = [exchange_rows(layer.take_gradient(), route.received, route.sent) for layer in ctx.layers]
+        sums = []
+        for back, wait in under_way:
             wait()
-            gradient = back.new_zeros(ctx.rows, *back.shape[1:]).index_add_(0, ctx.route.rows, back)
-        return gradient, None, None
+            total = torch.zeros(
+                ctx.rows, *back.shape[1:], dtype=torch.promote_types(back.dtype, torch.float32), device=back.device
+            )
+            sums.append(total.index_add_(0, route.rows, back.to(total.dtype)).to(back.dtype))
+        return torch.stack(sums, 2), None, None

@@ -81,6 +81,7 @@ class Revela(Objective):
         keys_values, plain = in_slices(lambda text: self._first_pass(text, length), of_text, batch.text)
         keys_values = keys_values.detach() if self.settings.detach_kv else keys_values
         memory, traffic = share_pool(keys_values, batch.text.attention_mask.sum(1), kept.any(0), self.span)
+        del keys_values  # the memory has them
         second_pass = partial(self.language_model.row_nll, memory=memory)
         in_batch = in_slices(second_pass, of_text, batch.text, weights, kept)
         tokens = num_predicted(batch.text.attention_mask)
@@ -100,7 +101,7 @@ class Revela(Objective):
         """Keys and values of a slice, as long as those of the other slices."""
         found = self.language_model.keys_values(text, self.settings.dual_loss)
         missing = length - found.keys_values.shape[-2]
-        return found._replace(keys_values=F.pad(found.keys_values, (0, 0, 0, missing)))
+        return found._replace(keys_values=F.pad(found.keys_values, (0, 0, 0, missing))) if missing else found
 
     def duplicates(self, signature: Tensor) -> Tensor | None:
         """Pairs that may not read one another, each row and itself among them: bool [rows, S]; None if all may."""
@@ -134,8 +135,8 @@ class Revela(Objective):
         """
         kept = keep(weights, self.settings.min_weight, self.settings.max_sources)
         if self.settings.min_weight > 0 or self.settings.max_sources is not None:
-            dropped = torch.stack([_dropped(weights, kept).sum(), weights.new_tensor(float(len(weights)))]).double()
-            dropped, rows = sum_over_ranks(dropped).tolist()
+            lost = _dropped(weights.double(), kept)
+            dropped, rows = sum_over_ranks(torch.stack([lost.sum(), torch.ones_like(lost).sum()])).tolist()
             if dropped / rows > self.settings.max_dropped_mass:
                 raise ValueError(
                     f"objective.max_dropped_mass: the rows lost {dropped / rows:.3g} of their weight on average, "

@@ -70,6 +70,7 @@ def train_step(
         loss = engine(batch)
         engine.backward(loss.total)
         losses.append(Loss(loss.total.detach(), loss.parts))
+        del loss  # with its graph goes what the pool held
         if len(losses) == len(batches):
             norm = _plain_norm(engine, stage)
         engine.step()
