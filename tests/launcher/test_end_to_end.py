@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 SCALARS = (
     "loss", "lr", "grad_norm", "tokens_per_s", "rows_per_s", "peak_memory_gib", "data_wait", "row_entropy",
-    "weight_same_document", "rows_with_gradient", "temperature", "gain", "in_batch_nll", "plain_nll",
+    "weight_same_document", "rows_with_gradient", "kept_sources", "dropped_mass", "keys_values_mib_sent",
+    "keys_values_mib_least", "temperature", "gain", "in_batch_nll", "plain_nll",
 )  # fmt: skip
 STEPS = 14
 STAGES = ("language_model", "revela", "recontriever", "contrastive")
