@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.recipe_reference import reference
-from toolkit.recipe import HubStart, ReContrieverObjective, RevelaObjective, batch_numbers, load_recipe
+from toolkit.recipe import FolderStart, HubStart, ReContrieverObjective, RevelaObjective, batch_numbers, load_recipe
 from toolkit.training.feed import data_seed
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -29,6 +29,8 @@ def test_the_shipped_recipes_are_these():
         "contriever_bert_base.json",
         "crops_compared.json",
         "fewshot.json",
+        "pools_compared.json",
+        "pools_start.json",
         "quickstart.json",
         "recontriever_bert_base.json",
         "recontriever_further.json",
@@ -95,6 +97,21 @@ def test_methods_compared_side_by_side_differ_in_the_method_alone():
     first, *others = [stage.model_dump(exclude=own) for stage in recipe.stages]
     assert len(others) == 2 and all(other == first for other in others)
     assert {data_seed(recipe, index) for index in range(3)} == {recipe.seed}
+
+
+def test_pools_compared_side_by_side_differ_in_the_pool_alone():
+    recipe = load_recipe(RECIPES / "pools_compared.json")
+    own = {"name": True, "description": True, "batch": {"pool", "pools_per_step"}}
+    first, *others = [stage.model_dump(exclude=own) for stage in recipe.stages]
+    assert len(others) == 3 and all(other == first for other in others)
+    assert [stage.batch.pool for stage in recipe.stages] == [8, 16, 32, 64]
+    assert {stage.batch.pool * stage.batch.pools_per_step for stage in recipe.stages} == {128}
+    (start,) = load_recipe(RECIPES / "pools_start.json").stages
+    export = f"runs/pools_start/stage_0_{start.name}/export"
+    for stage in recipe.stages:
+        assert isinstance(stage.objective, RevelaObjective)
+        assert stage.start == FolderStart(folder=export)
+        assert stage.objective.language_model.start == FolderStart(folder=f"{export}/lm")
 
 
 def test_the_reference_is_current_and_names_every_key():
