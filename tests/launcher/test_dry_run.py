@@ -78,8 +78,8 @@ def here(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         if "hub" in start:
             holder["start"] = {"folder": str(folders[start["hub"]])}
         elif "folder" in start:
-            assert start["folder"].startswith("runs/") and start["folder"].endswith("/export")
-            holder["start"] = {"folder": str(export)}
+            assert start["folder"].startswith("runs/") and start["folder"].endswith(("/export", "/export/lm"))
+            holder["start"] = {"folder": str(export if start["folder"].endswith("/export") else root / "base")}
 
     def replaced(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
