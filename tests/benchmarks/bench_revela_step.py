@@ -161,9 +161,10 @@ def main() -> None:
         f"{args.ranks} ranks, ZeRO 1, fp32, span world; retriever and language model of 4 layers, 256 wide, LoRA; "
         f"passages of at most {WORDS} words and {MAX_TOKENS} tokens; slices of {forward_tokens} tokens\n"
         f"CPU seconds of all ranks; peak memory beyond the model of the rank that needs most, and of all ranks a "
-        f"passage; entropy of the weights in nats; kept, dropped, sent: as the step logs them, - if it does not\n"
+        f"passage; entropy of the weights in nats; kept, dropped, sent: as the step logs them, - if it does not; "
+        f"gather: MiB a rank would send if every rank got all real tokens, by a gather or in a ring\n"
         f"{'pool':<6}{'temperature':>11}{'tokens':>8}{'s/passage':>11}{'ratio':>7}{'MiB/rank':>10}{'MiB/passage':>13}"
-        f"{'ratio':>7}{''.join(f'{head:>10}' for head, _ in LOGGED.values())}"
+        f"{'ratio':>7}{''.join(f'{head:>10}' for head, _ in LOGGED.values())}{'gather':>9}"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -200,8 +201,15 @@ def row(pool: int, temperature: float, found: dict[str, Any], costs: list[float]
     )
     return (
         f"{pool:<6}{temperature:>11g}{found['tokens'] / pool:>8.1f}{seconds:>11.3f}{seconds / first[0]:>7.2f}"
-        f"{max(found['mib']):>10.0f}{mib:>13.2f}{mib / first[1]:>7.2f}{columns}"
+        f"{max(found['mib']):>10.0f}{mib:>13.2f}{mib / first[1]:>7.2f}{columns}{gathered_mib(found):>9.1f}"
     )
+
+
+def gathered_mib(found: dict[str, Any]) -> float:
+    """Keys and values of a rank's tokens in all layers, fp32, to every other rank, and as much back as gradients."""
+    width = SHAPE["hidden_size"] // SHAPE["heads"] * SHAPE["kv_heads"]
+    ranks = len(found["mib"])
+    return found["tokens"] / ranks * (ranks - 1) * SHAPE["layers"] * 2 * width * 4 * 2 / MIB
 
 
 def answer(folder: Path) -> None:

@@ -11,7 +11,8 @@ from toolkit.objectives.pool_memory import share_pool
 def test_every_rank_gets_what_it_reads_and_the_owner_the_gradients(tmp_path: Path) -> None:
     answers = run_on_ranks("pool_ranks.py", 3, {"rows": 5}, tmp_path, timeout=120)
     for answer in answers:
-        assert answer["same"] and answer["gradient"] < 1e-13 < answer["largest"]
+        assert answer["same"] and answer["gradient"] < 1e-13
+        assert answer["gradient of own readers"] > 0.1  # those of the others count
         assert answer["traffic"] == answer["expected"]
     assert all(answer["traffic"][0] > answer["traffic"][1] > 0 for answer in answers)
 

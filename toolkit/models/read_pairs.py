@@ -132,18 +132,14 @@ class _ReadPairs(torch.autograd.Function):
         layer, pairs, scale, v_norm = ctx.how
         grad = grad.to(_sum_dtype(grad.dtype))
         grad_query, grad_weight = torch.zeros_like(grad), torch.zeros_like(weight)
+        gradients = _gradients_by_flash if _by_flash(query) else _gradients_by_matmul
         for step in _steps(query, pairs):
-            parts = _Parts(*(x.detach() for x in _parts(query, layer, weight, pairs, step)))
-            wanted = parts if ctx.needs_input_grad[2] else (parts.query, parts.weight)
-            for part in wanted:
-                part.requires_grad_()
-            with torch.enable_grad():
-                read = _read(parts, pairs, step, scale, v_norm)
-            found = torch.autograd.grad(read, wanted, grad[pairs.target[step]])
-            grad_query.index_add_(0, pairs.target[step], found[0].to(grad_query.dtype))
-            grad_weight[step] = found[-1]
-            if ctx.needs_input_grad[2]:
-                layer.add_gradient(pairs.source[step], found[1], found[2])
+            parts = _parts(query, layer, weight.detach(), pairs, step)
+            found = gradients(parts, grad[pairs.target[step]], pairs, step, scale, v_norm, ctx.needs_input_grad[2])
+            grad_query.index_add_(0, pairs.target[step], found.query.to(grad_query.dtype))
+            grad_weight[step] = found.weight
+            if found.key is not None and found.value is not None:
+                layer.add_gradient(pairs.source[step], found.key, found.value)
         ticket = grad.new_zeros(1) if ctx.needs_input_grad[2] else None
         return grad_query.to(query.dtype), grad_weight, ticket, None, None, None, None
 
@@ -185,37 +181,111 @@ def _parts(query: Tensor, layer: PoolLayer, weight: Tensor, pairs: Pairs, step: 
     return _Parts(query.index_select(0, pairs.target[step]), rows[:, 0], rows[:, 1], weight[step])
 
 
+class _Gradients(NamedTuple):
+    """Of the `_Parts` of the same names; of keys and values only where they are wanted."""
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor | None
+    weight: Tensor
+
+
 def _read(parts: _Parts, pairs: Pairs, step: slice, scale: float, v_norm: bool) -> Tensor:
     """w_ij b_ij of the pairs of a step: [p, H, L, d] in the dtype of the sum."""
+    if _by_flash(parts.query):
+        return _read_by_flash(parts, pairs, step, scale, v_norm)
+    value, bias = _norm_as_bias(parts.value) if v_norm else (parts.value, None)
+    query = _fold(parts.query, parts.key.shape[1])
+    read = (_attention(query * scale, parts.key, bias) @ value).reshape(parts.query.shape)
+    return read.to(_sum_dtype(read.dtype)) * parts.weight[:, None, None, None]
+
+
+# --------------------------------------------------------------------------- by products of matrices
+
+
+def _fold(rows: Tensor, groups: int) -> Tensor:
+    """[p, H, L, d] -> [p, G, (H/G) L, d]: keys and values of grouped heads are not repeated."""
+    return rows.reshape(len(rows), groups, -1, rows.shape[-1])
+
+
+def _norm_as_bias(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Values over their norms [p, G, l, d], and the key bias [p, G, 1, l] under which plain attention reads b_ij.
+
+    Since A sums to 1, A ||V|| + eps = sum_k A_k (||V_k|| + eps): dividing by it is attention with the bias
+    log(||V_k|| + eps) over the values V_k / (||V_k|| + eps), eps and all.
+    """
+    norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=_sum_dtype(value.dtype)) + NORM_EPS
+    return (value / norm).to(value.dtype), norm.log().transpose(-1, -2)
+
+
+def _attention(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T + bias) with all scores of a step at once; sources of one length.
+
+    On a CPU faster than the library's fused attention, forward and backward.
+    """
+    scores = query @ key.transpose(-1, -2)
+    if bias is not None:
+        scores += bias
+    return scores.softmax(-1, dtype=_sum_dtype(query.dtype)).to(query.dtype)
+
+
+def _gradients_by_matmul(
+    parts: _Parts, grad: Tensor, pairs: Pairs, step: slice, scale: float, v_norm: bool, of_sources: bool
+) -> _Gradients:
+    """The chain rule by hand: the scores are computed again, what was read is not (five products, not six)."""
+    query, key, value, weight = parts
+    with torch.enable_grad():
+        value = value.detach().requires_grad_(of_sources)
+        unit, bias = _norm_as_bias(value) if v_norm else (value, None)
+    folded, grad = (_fold(rows, key.shape[1]) for rows in (query, grad.to(query.dtype)))
+    factor = weight[:, None, None, None]
+    attention = _attention(folded * scale, key, None if bias is None else bias.detach())
+    pull = grad @ unit.detach().transpose(-1, -2)  # of w_ij, on each probability
+    mean = (attention * pull).sum(-1, keepdim=True, dtype=_sum_dtype(query.dtype))
+    of_scores = pull.sub_(mean).mul_(attention)
+    of_query = ((of_scores @ key) * (factor * scale)).reshape(query.shape)
+    of_weight = mean.sum((1, 2, 3))
+    if not of_sources:
+        return _Gradients(of_query, None, None, of_weight)
+    of_key = of_scores.transpose(-1, -2) @ (folded * (factor * scale).to(folded.dtype))
+    of_unit = attention.transpose(-1, -2) @ (grad * factor.to(grad.dtype))
+    if bias is None:
+        return _Gradients(of_query, of_key, of_unit, of_weight)
+    of_bias = of_scores.sum(-2, keepdim=True, dtype=bias.dtype) * factor
+    (of_value,) = torch.autograd.grad((unit, bias), (value,), (of_unit, of_bias))
+    return _Gradients(of_query, of_key, of_value, of_weight)
+
+
+# --------------------------------------------------------------------------- by the library's attention
+
+
+def _read_by_flash(parts: _Parts, pairs: Pairs, step: slice, scale: float, v_norm: bool) -> Tensor:
+    """The norms travel as one more value channel: a key bias in bf16 would be off by its own rounding."""
     query, key, value, weight = parts
     d = query.shape[-1]
-    if v_norm:  # the norms are one more value channel of the same attention
+    if v_norm:
         value = torch.cat([value, torch.linalg.vector_norm(value, dim=-1, keepdim=True)], -1)
-    if _by_flash(query):
-        read = attend_by_flash(query, key, value, pairs.target_length[step], pairs.source_length[step], scale)
-    else:
-        read = attend_by_matmul(query, key, value, scale)
+    read = attend_by_flash(query, key, value, pairs.target_length[step], pairs.source_length[step], scale)
     read = read.to(_sum_dtype(read.dtype))
     factor = weight.to(read.dtype)[:, None, None, None]
     return read[..., :d] * (factor / (read[..., d:] + NORM_EPS)) if v_norm else read * factor
 
 
-def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v with all scores of a step at once; sources of one length.
-
-    On a CPU 1.3 times as fast as the library's fused attention, forward and backward.
-    """
-    p, H, L, _ = query.shape
-    G = key.shape[1]
-    folded = (query * scale).reshape(p, G, (H // G) * L, -1)  # grouped heads: keys and values are not repeated
-    attention = (folded @ key.transpose(-1, -2)).softmax(-1, dtype=_sum_dtype(query.dtype)).to(query.dtype)
-    return (attention @ value).reshape(p, H, L, -1)
+def _gradients_by_flash(
+    parts: _Parts, grad: Tensor, pairs: Pairs, step: slice, scale: float, v_norm: bool, of_sources: bool
+) -> _Gradients:
+    parts = _Parts(*(x.detach() for x in parts))
+    wanted = [x.requires_grad_() for x in (parts if of_sources else (parts.query, parts.weight))]
+    with torch.enable_grad():
+        read = _read_by_flash(parts, pairs, step, scale, v_norm)
+    found = torch.autograd.grad(read, wanted, grad)
+    return _Gradients(*found) if of_sources else _Gradients(found[0], None, None, found[1])
 
 
 def attend_by_flash(
     query: Tensor, key: Tensor, value: Tensor, target_length: np.ndarray, source_length: np.ndarray, scale: float
 ) -> Tensor:
-    """The same of any lengths in one call of the library's attention over sequences without padding (nested tensors).
+    """softmax(scale q k^T) v of any lengths, in one call of the library's attention over nested tensors (no padding).
 
     Queries that are padding read nothing.
     """
