@@ -29,6 +29,7 @@ def test_the_shipped_recipes_are_these():
         "contriever_bert_base.json",
         "crops_compared.json",
         "fewshot.json",
+        "pools_1b.json",
         "pools_compared.json",
         "pools_start.json",
         "quickstart.json",
