@@ -75,7 +75,7 @@ def test_ranks_give_the_vectors_of_one_process(world_size: int, on_disk: bool, t
     """23 texts make several shards; 3 texts make one, so that the other ranks have nothing to do."""
     counts = [23, 3]
     request = {"counts": counts, "folder": str(tmp_path / "vectors") if on_disk else None}
-    answer = run_on_ranks("embed_ranks.py", world_size, request, tmp_path, timeout=120)
+    answer = run_on_ranks("embed_ranks.py", world_size, request, tmp_path)
     for count, per_rank in zip(counts, answer["vectors"], strict=True):
         expected = embed_texts(tiny_retriever(), ragged_texts(count), "passage")
         assert len(per_rank) == world_size

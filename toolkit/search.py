@@ -14,7 +14,7 @@ from toolkit.vectors import Shard, Vectors, blocks, gather_rows, take_rows
 MARGIN = 128  # rows beyond k that the first pass keeps
 BLOCK_BYTES = 2**27  # of vectors looked at together; a block's scores need as much again at some 1,000 queries
 QUERY_BLOCK, QUERIES = 256, 8192  # that a block of vectors meets at a time; that one pass over the vectors serves
-PAIR_BYTES = 2**26  # of vectors scored again together
+PAIR_BYTES = 2**22  # of vectors scored again together: what fits into a cache
 
 
 def top_k(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,14 +195,9 @@ def _second(
 
 def _exact_scores(queries: np.ndarray, shards: list[Shard], rows: np.ndarray) -> np.ndarray:
     """Inner products in fp64 of each query with rows of its own: [q, n], rows counted through the shards [q, n]."""
-    scores = np.empty(rows.size)
-    wide, step = queries.astype(np.float64), _rows(PAIR_BYTES, queries, np.float64)
-    for start in range(0, rows.size, 64 * step):  # so that a shard is opened for many pairs at once
-        some = rows.ravel()[start : start + 64 * step]
-        for places, vectors in take_rows(shards, some):
-            for first in range(0, len(places), step):
-                part = start + places[first : first + step]
-                scores[part] = _products(vectors[first : first + step].astype(np.float64), wide[part // rows.shape[1]])
+    scores, wide = np.empty(rows.size), queries.astype(np.float64)
+    for places, vectors in take_rows(shards, rows.ravel(), _rows(PAIR_BYTES, queries, np.float64)):
+        scores[places] = _products(vectors.astype(np.float64), wide[places // rows.shape[1]])
     return scores.reshape(rows.shape)
 
 

@@ -57,36 +57,32 @@ class Vectors:
         return np.concatenate([shard.vectors for shard in self.shards], dtype=np.float32)[self.row]
 
 
-def take_rows(shards: list[Shard], rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Vectors of rows [n], counted through the shards, a shard at a time: (places in `rows`, vectors as stored)."""
+def take_rows(shards: list[Shard], rows: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Vectors of rows [n], counted through the shards: (places in `rows`, at most `most` vectors as stored)."""
     order = np.argsort(rows, kind="stable")
     ends = np.cumsum([len(shard.numbers) for shard in shards])
     cuts = np.searchsorted(rows[order], ends)
     first = start = 0
     for shard, cut, end in zip(shards, cuts, ends, strict=True):
-        if cut > first:
-            yield order[first:cut], shard.vectors[rows[order[first:cut]] - start]
+        for some in (order[i : min(i + most, cut)] for i in range(first, cut, most)):
+            yield some, shard.vectors[rows[some] - start]
         first, start = cut, end
 
 
 def blocks(shards: list[Shard], rows: int, dtype: type[np.floating]) -> Iterator[tuple[int, np.ndarray]]:
-    """The vectors in contiguous blocks of at most `rows` rows, small shards joined: (rows before it, [rows, dim])."""
+    """The vectors copied to blocks of at most `rows` rows, small shards joined: (rows before it, [rows, dim])."""
     waiting: list[np.ndarray] = []
     count = before = 0
     for shard in shards:
         for start in range(0, len(shard.vectors), rows):
             piece = shard.vectors[start : start + rows]
             if count + len(piece) > rows:
-                yield before, _joined(waiting, dtype)
+                yield before, np.concatenate(waiting, dtype=dtype)
                 waiting, before, count = [], before + count, 0
             waiting.append(piece)
             count += len(piece)
     if waiting:
-        yield before, _joined(waiting, dtype)
-
-
-def _joined(parts: list[np.ndarray], dtype: type[np.floating]) -> np.ndarray:
-    return np.ascontiguousarray(parts[0], dtype) if len(parts) == 1 else np.concatenate(parts, dtype=dtype)
+        yield before, np.concatenate(waiting, dtype=dtype)
 
 
 def gather_rows(own: np.ndarray) -> np.ndarray:
@@ -103,7 +99,7 @@ def gather_rows(own: np.ndarray) -> np.ndarray:
         block[: len(mine)] = mine
         for part, count, got in zip(parts, counts, gather(block).cpu().numpy().reshape(-1, *block.shape), strict=True):
             part.append(got[: max(0, count - first)])
-    return np.concatenate([block for part in parts for block in part])
+    return np.concatenate([own[:0], *(block for part in parts for block in part)])
 
 
 # --------------------------------------------------------------------------- on disk
