@@ -20,7 +20,7 @@ from toolkit.recipe import EncoderSettings
 from toolkit.vectors import DTYPES, Shard, Store, Vectors, gather_rows, is_finished, open_shard, save_shard
 
 # A shard is what one rank encodes at a time and what an interruption can cost: equal work, and enough of them to share.
-SHARDS, SHARD_CHARACTERS, SHARD_ROWS = 64, 2**18, 2**14
+SHARDS, SHARD_CHARACTERS, SHARD_ROWS = 64, 2**16, 2**14
 CHARACTERS_PER_TOKEN = 4  # more or less; only the sizes of shards depend on it
 # Tokens of a batch. On a CPU larger ones are no faster a token, but hold texts of less similar lengths.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}

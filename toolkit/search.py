@@ -1,8 +1,8 @@
 """Exact top-k by inner product over vectors in memory or on disk. Called by evaluation, preparation and mining.
 
-A first pass in fp32 (faiss on the CPU, torch on CUDA, where the GPU build of faiss would do nothing else) keeps more
-than k rows a query. They are scored again in fp64, and the error bound of fp32 tells whether a row that was left out
-could be among the k best; where it could, a second pass in fp64 decides. Each rank searches its share of the shards.
+A first pass in fp32 keeps more than k rows a query: faiss on the CPU, blocks of torch on CUDA, which need nothing of
+faiss's GPU build. They are scored again in fp64, and the error bound of fp32 tells whether a row that was left out
+could be among the k best; where it could, a second pass in fp64 decides. A rank searches its share of the shards.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from toolkit.collectives import rank, world_size
 from toolkit.vectors import Shard, Vectors, blocks, gather_rows, take_rows
 
 MARGIN = 128  # rows beyond k that the first pass keeps
-BLOCK_BYTES = 2**27  # of vectors looked at together; a block's scores need as much again at some 1,000 queries
+BLOCK_BYTES = 2**27  # of vectors looked at together
 QUERY_BLOCK, QUERIES = 256, 8192  # that a block of vectors meets at a time; that one pass over the vectors serves
 PAIR_BYTES = 2**22  # of vectors scored again together: what fits into a cache
 

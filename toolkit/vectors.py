@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from toolkit.collectives import gather, group_device, is_distributed
-from toolkit.files import aside, replace_text
+from toolkit.files import replace_text
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 ROWS_PER_GATHER = 65536  # vectors travel between ranks in blocks: all at once they would not fit on a GPU
@@ -107,7 +107,7 @@ def gather_rows(own: np.ndarray) -> np.ndarray:
 
 def save_shard(path: Path, vectors: np.ndarray) -> None:
     """Write vectors to a .npy file aside and rename it; the record beside it, written last, makes it a finished one."""
-    work = aside(path)
+    work = path.with_name(f".{path.name}.writing")
     with work.open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
         file.flush()
