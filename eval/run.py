@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from eval.scores import DEPTH, as_run, per_query_scores
 from eval.suites import Task, load_suite
 from toolkit import bm25
 from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank, world_size
-from toolkit.embed import Retriever, embed_texts, gather_rows
+from toolkit.embed import Retriever, checkpoint_digest, encode
 from toolkit.files import replace_text
 from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
-from toolkit.search import best, top_k
+from toolkit.search import search, search_among
+from toolkit.vectors import Store, gather_rows, leave
 
 MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "pytrec-eval-terrier", "mteb")
@@ -49,36 +50,53 @@ class Result(NamedTuple):
 
 
 def evaluate(
-    retriever: Retriever, suites: list[str], folder: Path, label: str, step: int | None
+    retriever: Retriever,
+    suites: list[str],
+    folder: Path,
+    label: str,
+    step: int | None,
+    vectors: Path | None = None,
+    dtype: Literal["fp32", "fp16"] = "fp32",
+    may_collapse: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Score a retriever by exact search; all ranks call it and get the result, rank 0 writes it.
 
-    Documents that two neighbouring collections share are embedded once.
+    The vectors of documents lie on disk, where an interrupted evaluation finds them; identical documents of several
+    collections are embedded once.
 
     Args:
         retriever: in eval mode.
         suites: names as `load_suite` reads them.
         folder: gets metrics.json, per_query.json and one <collection>.json in mteb's format for each collection.
         label, step: what is scored, for the record.
+        vectors: a folder that all ranks see, which keeps the vectors of documents for other evaluations of the same
+            weights; None: folder/vectors, deleted when the scores are written.
+        dtype: number format of these vectors.
+        may_collapse: see `encode`.
 
     Returns:
         collection -> {"ndcg_at_10", "recall_at_100", "mrr_at_10", and the collection's own main score}.
 
     Raises:
-        RecipeError: see `load_suite`. ValueError: see `embed_texts`.
+        RecipeError: see `load_suite`. ValueError: see `encode`.
     """
-    shared: tuple[list[str], np.ndarray] = ([], np.empty((0, 0), np.float32))
+    checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
+    store = Store(vectors or folder / "vectors", checkpoint, dtype)
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
-        nonlocal shared
-        if shared[0] != texts:
-            shared = texts, embed_texts(retriever, texts, "passage")
-        queries = embed_texts(retriever, list(task.collection.queries.values()), "query")[own]
-        return _dense_top_k(queries, shared[1], candidates)
+        documents = encode(retriever, task.collection.documents, "passage", store, may_collapse)
+        queries = encode(retriever, task.collection.queries, "query", may_collapse=may_collapse).array()
+        if candidates is not None:
+            return search_among(queries[own], documents, candidates, DEPTH)
+        scores, indices = search(queries, documents, DEPTH)
+        return scores[own], indices[own]
 
-    dtype = str(next(retriever.encoder.parameters()).dtype).removeprefix("torch.")
-    system = {"kind": "dense", "dtype": dtype, "settings": retriever.settings.model_dump()}
-    return _evaluate(rank_documents, suites, folder, {"label": label, "step": step, "system": system})
+    weights = str(next(retriever.encoder.parameters()).dtype).removeprefix("torch.")
+    system = {"kind": "dense", "checkpoint": checkpoint, "dtype": weights, "vectors": dtype}
+    system |= {"settings": retriever.settings.model_dump()}
+    scores = _evaluate(rank_documents, suites, folder, {"label": label, "step": step, "system": system})
+    on_rank_zero(lambda: leave(store, keep=vectors is not None))
+    return scores
 
 
 def evaluate_bm25(suites: list[str], folder: Path) -> dict[str, dict[str, float]]:
@@ -139,18 +157,6 @@ def _candidates(task: Task, query_ids: list[str]) -> list[np.ndarray] | None:
         return None
     place = {document: i for i, document in enumerate(task.collection.documents)}
     return [np.array(sorted({place[document] for document in task.candidates[query]})) for query in query_ids]
-
-
-def _dense_top_k(queries: np.ndarray, documents: np.ndarray, candidates: list[np.ndarray] | None) -> Ranking:
-    if candidates is None:
-        return top_k(queries, documents, DEPTH)
-    k = min(DEPTH, len(documents))
-    scores, indices = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
-    for row, allowed in enumerate(candidates):
-        products = (documents @ queries[row])[allowed]
-        chosen = best(products, k)
-        scores[row, : len(chosen)], indices[row, : len(chosen)] = products[chosen], allowed[chosen]
-    return scores, indices
 
 
 # --------------------------------------------------------------------------- what is written
@@ -229,10 +235,13 @@ def main(argv: list[str] | None = None) -> int:
     suites = "stdlib:dev, stdlib:test, FOLDER or FOLDER:split in BEIR layout, an mteb task or benchmark; repeatable"
     parser.add_argument("--suite", action="append", required=True, metavar="NAME", help=suites)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: EXPORT/eval/<suite>, or eval_bm25")
+    kept = "keep the documents' vectors here, found again for the same weights; default: in the output while it runs"
+    parser.add_argument("--vectors", type=Path, metavar="DIR", help=kept)
+    parser.add_argument("--vectors-dtype", choices=("fp32", "fp16"), default="fp32", help="fp16 takes half the disk")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args(argv)
     try:
-        _run(arguments.what, arguments.suite, arguments.output)
+        _run(arguments.what, arguments.suite, arguments.output, arguments.vectors, arguments.vectors_dtype)
     except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
         time.sleep(SECONDS_TO_SPEAK)
         return 2
@@ -246,7 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(what: str, suites: list[str], output: Path | None) -> None:
+def _run(
+    what: str, suites: list[str], output: Path | None, vectors: Path | None, dtype: Literal["fp32", "fp16"]
+) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -262,7 +273,7 @@ def _run(what: str, suites: list[str], output: Path | None) -> None:
         folder = output or Path(what) / "eval" / file_name("+".join(Path(suite).name for suite in suites))
         rows["BM25"], rows["retriever"] = folder / "bm25", folder
         retriever = on_every_rank(lambda: load_export(Path(what), device))
-        evaluate(retriever, suites, folder, label=what, step=None)
+        evaluate(retriever, suites, folder, label=what, step=None, vectors=vectors, dtype=dtype)
         evaluate_bm25(suites, rows["BM25"])
     if rank() == 0:
         _print_table(rows)

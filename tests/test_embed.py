@@ -5,13 +5,16 @@ import pytest
 import torch
 from beir import write_beir
 from distributed import run_on_ranks
+from peft.tuners.lora import LoraLayer
 from retrievers import ragged_texts, tiny_retriever
 from tiny import save_model
 from tiny_retriever import CASES, TEXTS, make
 
 from eval.run import evaluate
+from toolkit import embed
 from toolkit.data.tokens import Tokens, pad, tokenize
-from toolkit.embed import embed_texts, load_retriever
+from toolkit.embed import checkpoint_digest, embed_texts, encode, load_retriever
+from toolkit.export import load_export
 
 
 def alone(retriever, text: str, prefix: str) -> np.ndarray:
@@ -67,42 +70,106 @@ def test_identical_texts_run_once():
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_give_the_vectors_of_one_process(world_size: int, tmp_path):
-    """23 texts share out unevenly; of 3 texts the last of four ranks gets none."""
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_ranks_give_the_vectors_of_one_process(world_size: int, on_disk: bool, tmp_path):
+    """23 texts make several shards; 3 texts make one, so that the other ranks have nothing to do."""
     counts = [23, 3]
-    answer = run_on_ranks("embed_ranks.py", world_size, counts, tmp_path)
-    for count, per_rank in zip(counts, answer, strict=True):
+    request = {"counts": counts, "folder": str(tmp_path / "vectors") if on_disk else None}
+    answer = run_on_ranks("embed_ranks.py", world_size, request, tmp_path)
+    for count, per_rank in zip(counts, answer["vectors"], strict=True):
         expected = embed_texts(tiny_retriever(), ragged_texts(count), "passage")
         assert len(per_rank) == world_size
         for vectors in per_rank:
             np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+        assert np.abs(np.roll(expected, 1, axis=0) - per_rank[0]).max() > 0.1  # control: in another order
+    problem = "vectors of 1 texts (as passage) are not finite: bad"
+    assert answer["problems"] == [problem] * world_size  # one rank met it
 
 
-def test_vectors_that_are_not_finite_are_an_error():
-    retriever, texts = tiny_retriever(), ["w5 w6", "w7", "w8"]
+@pytest.mark.parametrize("size", [1, 40, 300, 10**9])
+def test_shards_hold_every_different_text_once_and_equal_work(size: int, monkeypatch):
+    monkeypatch.setattr(embed, "SHARD_CHARACTERS", size)
+    monkeypatch.setattr(embed, "SHARD_ROWS", 8)
+    monkeypatch.setattr(embed, "SHARDS", 10**9)
+    texts = ragged_texts(30) + ragged_texts(30)[5:9]
+    first, parts = embed._plan(texts, max_tokens=10)
+    assert sorted(np.concatenate(parts)) == list(range(30))
+    assert first.tolist() == [*range(30), 5, 6, 7, 8]
+    lengths = [len(texts[i]) for part in parts for i in part]
+    assert lengths == sorted(lengths, reverse=True)
+    work = [sum(min(len(texts[i]), 40) + 1 for i in part) for part in parts]
+    assert max(work) <= size + 41 and max(map(len, parts)) <= 8
+    assert len(parts) == {1: 30, 10**9: 4}.get(size, len(parts))
+
+
+def test_vectors_that_are_not_finite_are_an_error_with_their_ids():
+    retriever, texts = tiny_retriever(), {"a": "w5 w6", "b": "w7", "c": "w8", "d": "w7"}
+    encode(retriever, texts, "passage")  # control
     with torch.no_grad():
         retriever.encoder.backbone.embed_tokens.weight[3 + 7] = torch.nan
-    with pytest.raises(ValueError, match=r"1 of 3 vectors are not finite; the first texts: \[1\]"):
-        embed_texts(retriever, texts, "passage")
+    with pytest.raises(ValueError, match=r"vectors of 1 texts \(as passage\) are not finite: b$"):
+        encode(retriever, texts, "passage")
+    with torch.no_grad():
+        retriever.encoder.backbone.embed_tokens.weight[3 + 1] = torch.inf  # of the prefix
+    with pytest.raises(ValueError, match=r"of 7 texts .* are not finite: t\d, t\d, t\d, t\d, t\d, \.\.\.$"):
+        encode(retriever, {f"t{i}": f"w{i + 20}" for i in range(7)}, "passage")
 
 
-def test_a_collapsed_retriever_is_scored_with_a_warning(tmp_path, capsys):
-    """A run starts from it or ends with it: the scores, which are those of ties, say how bad it is."""
-    retriever, texts = tiny_retriever(), ["w5 w6", "w7", "w8"]
-    embed_texts(retriever, texts, "passage")
-    assert capsys.readouterr().err == ""  # control: vectors that differ
+def test_a_collapsed_retriever_is_an_error_unless_training_starts_from_it(tmp_path, capsys):
+    retriever, texts = tiny_retriever(), {"a": "w5 w6", "b": "w7", "c": "w8"}
+    encode(retriever, texts, "passage")  # control: vectors that differ
     with torch.no_grad():
         retriever.encoder.backbone.embed_tokens.weight.fill_(1.0)
-    embed_texts(retriever, ["w5", "w5"], "passage")
-    assert capsys.readouterr().err == ""  # one text may have one vector
-    vectors = embed_texts(retriever, texts, "passage")
+    assert (embed_texts(retriever, ["w5", "w5"], "passage") == embed_texts(retriever, ["w5"], "passage")).all()
+    problem = "collapsed retriever: all 3 different texts (as passage) got one vector (a, b, c)"
+    with pytest.raises(ValueError) as error:
+        encode(retriever, texts, "passage")
+    assert str(error.value) == f"{problem}; no order of them means anything"
+    assert capsys.readouterr().err == ""
+    vectors = encode(retriever, texts, "passage", may_collapse=True).array()
     assert np.abs(vectors - vectors[0]).max() < 1e-6 < np.abs(vectors).max()
-    assert capsys.readouterr().err == (
-        "warning: collapsed retriever: all 3 different texts (as passage) got one vector; their order means nothing\n"
-    )
-    scores = evaluate(retriever, [str(write_beir(tmp_path / "small"))], tmp_path / "out", label="", step=None)
+    assert capsys.readouterr().err == f"warning: {problem}; their order means nothing\n"
+    suite, out = str(write_beir(tmp_path / "small")), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"collapsed retriever: all .* different texts"):
+        evaluate(retriever, [suite], out, label="", step=None)
+    scores = evaluate(retriever, [suite], out, label="", step=None, may_collapse=True)
     assert 0 <= scores["small:test"]["ndcg_at_10"] < 1
     assert capsys.readouterr().err.count("warning: collapsed retriever") == 2  # passages and queries
+
+
+def test_vectors_that_are_close_but_differ_are_no_collapse():
+    """A mean of equal words and one that differs: cosines above 0.999, whose order still means something."""
+    retriever = tiny_retriever()
+    with torch.no_grad():
+        weight = retriever.encoder.backbone.embed_tokens.weight
+        weight.copy_(weight[0] + 1e-3 * weight)
+    vectors = encode(retriever, {str(i): f"w{i}" for i in range(9)}, "passage").array()
+    assert 0.999 < (vectors @ vectors.T).min() < 1 - 1e-9
+
+
+def test_the_digest_is_of_all_that_decides_the_vectors(tmp_path):
+    folder = make(CASES["bert_lora"], tmp_path / "base").write(tmp_path / "export", merged=False)
+    digests = [checkpoint_digest(retriever) for retriever in (load_export(folder, "cpu"), load_export(folder, "cpu"))]
+    retriever = load_export(folder, "cpu")
+    embed_texts(retriever, TEXTS, "query")  # the tokenizer remembers how it was last called
+    assert digests == [checkpoint_digest(retriever)] * 2
+    for change in ({"query_prefix": "w5 "}, {"eval_max_tokens": 47}, {"pooling": "eos"}, {"normalize": False}):
+        digests.append(checkpoint_digest(tiny_retriever(**change)))
+    digests.append(checkpoint_digest(tiny_retriever()))
+    other = tiny_retriever()
+    other.tokenizer.add_tokens(["new"])
+    digests.append(checkpoint_digest(other))
+    digests.append(checkpoint_digest(other._replace(encoder=other.encoder.to(torch.bfloat16))))
+    with torch.no_grad():
+        next(other.encoder.parameters())[0, 0] += 1
+    digests.append(checkpoint_digest(other))
+    other.encoder.backbone.config.rms_norm_eps = 0.5
+    digests.append(checkpoint_digest(other))
+    for module in retriever.encoder.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= 2
+    digests.append(checkpoint_digest(retriever))
+    assert len(set(digests)) == len(digests) - 1
 
 
 @pytest.mark.parametrize("name", ["bert_lora", "llama_lora"])

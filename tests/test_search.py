@@ -1,24 +1,40 @@
 """Exact search against a plain fp64 sort."""
 
 import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from distributed import run_on_ranks
 
 from toolkit import search
-from toolkit.search import best, top_k
+from toolkit.search import best, search_among, top_k
+from toolkit.vectors import Shard, Vectors, open_shard, save_shard
 
 
 @pytest.fixture(params=["faiss", "torch"], autouse=True)
 def library(request, monkeypatch):
-    """Each test runs on both ways to search; torch's, meant for CUDA, runs here on the CPU in small blocks."""
+    """Each test runs on both ways to search, in small blocks; torch's, meant for CUDA, runs here on the CPU."""
+    monkeypatch.setattr(search, "BLOCK_BYTES", 37 * 32 * 4)
+    monkeypatch.setattr(search, "PAIR_BYTES", 100 * 32 * 8)
+    monkeypatch.setattr(search, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(search, "QUERIES", 150)
     if request.param == "torch":
-        monkeypatch.setattr(search, "DOCUMENT_BLOCK", 37)
-        monkeypatch.setattr(search, "QUERY_BLOCK", 8)
-        in_blocks = search._search_torch
-        monkeypatch.setattr(search, "_search_faiss", lambda q, d, k: in_blocks(q, d, k, device="cpu"))
+        in_blocks = search._first_torch
+        monkeypatch.setattr(search, "_first_faiss", lambda q, s, k: in_blocks(q, s, k, device="cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def decided_in_fp64(monkeypatch) -> list[int]:
+    """The numbers of queries that the second pass was asked for."""
+    asked, second = [], search._second
+    monkeypatch.setattr(
+        search, "_second", lambda queries, *rest: (asked.append(len(queries)), second(queries, *rest))[1]
+    )
+    return asked
 
 
 def plain(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,13 +43,25 @@ def plain(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarra
     return np.take_along_axis(products, order, 1), order
 
 
+def random(rows: int, seed: int, dim: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32)
+
+
+def in_shards(documents: np.ndarray, first: np.ndarray, parts: int, folder: Path | None = None) -> Vectors:
+    """The vectors of texts of which some are copies, the different ones dealt at random."""
+    numbers = np.random.default_rng(1).permutation(np.flatnonzero(first == np.arange(len(first))))
+    shards = [Shard(part, documents[part]) for part in np.array_split(numbers, parts)]
+    for i, shard in enumerate(shards if folder is not None else []):
+        save_shard(folder / f"{i}.npy", shard.vectors)
+        shards[i] = shard._replace(vectors=open_shard(folder / f"{i}.npy"))
+    return Vectors(shards, first)
+
+
 @pytest.mark.parametrize(
-    ("num_queries", "num_documents", "k"), [(300, 5000, 10), (3, 40, 39), (3, 40, 40), (2, 7, 100)]
+    ("num_queries", "num_documents", "k"), [(300, 5000, 10), (3, 40, 39), (3, 40, 40), (2, 7, 100), (9, 700, 500)]
 )
 def test_equals_a_plain_sort(num_queries: int, num_documents: int, k: int):
-    rng = np.random.default_rng(0)
-    queries = rng.normal(size=(num_queries, 32)).astype(np.float32)
-    documents = rng.normal(size=(num_documents, 32)).astype(np.float32)
+    queries, documents = random(num_queries, 0), random(num_documents, 1)
     scores, indices = top_k(queries, documents, k)
     expected_scores, expected = plain(queries, documents, k)
     assert (scores.dtype, indices.dtype) == (np.float32, np.int64)
@@ -42,15 +70,98 @@ def test_equals_a_plain_sort(num_queries: int, num_documents: int, k: int):
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 50])
-def test_ties_are_ordered_by_index(k: int):
-    """Small integers are exact in fp32: about 400 documents share 7 scores, so that k cuts through a tie."""
+def test_ties_are_ordered_by_index(k: int, decided_in_fp64: list[int]):
+    """Small integers are exact in fp32: about 4,000 documents share 7 scores, so that k cuts through a tie."""
     rng = np.random.default_rng(1)
-    documents = rng.integers(-1, 2, size=(400, 3)).astype(np.float32)
+    documents = rng.integers(-1, 2, size=(4000, 3)).astype(np.float32)
     queries = rng.integers(-1, 2, size=(20, 3)).astype(np.float32)
     scores, indices = top_k(queries, documents, k)
     expected_scores, expected = plain(queries, documents, k)
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(scores, expected_scores)
+    assert sum(decided_in_fp64) > 10
+
+
+@pytest.mark.parametrize("margin", [0, 1, 128])
+def test_ids_are_those_of_fp64_where_fp32_cannot_tell(margin: int, decided_in_fp64: list[int], monkeypatch):
+    """Documents that differ in the last bits only: the control, the same search in fp32, puts others first."""
+    monkeypatch.setattr(search, "MARGIN", margin)
+    documents = (random(1, 0) + 2e-7 * random(600, 1)).astype(np.float32)
+    queries = random(12, 2)
+    _, indices = top_k(queries, documents, 20)
+    _, expected = plain(queries, documents, 20)
+    np.testing.assert_array_equal(indices, expected)
+    in_fp32 = np.argsort(-(queries @ documents.T), axis=1, kind="stable")[:, :20]
+    assert (in_fp32 != expected).any(1).all()
+    assert sum(decided_in_fp64) == 12
+
+
+def test_the_second_pass_is_for_near_ties_only(decided_in_fp64: list[int]):
+    top_k(random(50, 0), random(3000, 1), 100)
+    assert decided_in_fp64 == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("parts", [1, 9])
+def test_shards_on_disk_with_copies(dtype, parts: int, tmp_path: Path):
+    """Text 5 is there four times, 7 twice, and 20 has 33's vector without being its copy."""
+    first = np.arange(400)
+    first[[77, 100, 399]], first[9] = 5, 7
+    documents = random(400, 3).astype(dtype)
+    documents[33] = documents[20]
+    documents = documents[first]
+    vectors, queries = in_shards(documents, first, parts, tmp_path), random(30, 4)
+    queries[0] = documents[5]
+    for k in (1, 3, 30, 396, 400, 1000):
+        scores, indices = search.search(queries, vectors, k)
+        expected_scores, expected = plain(queries, documents, k)
+        np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-5)
+        assert indices[0, :4].tolist() == [5, 77, 100, 399][:k]
+        # a matrix product rounds equal vectors differently: equal but for the order of copies
+        np.testing.assert_array_equal(documents[indices], documents[expected])
+        assert all(len(set(row)) == len(row) for row in indices.tolist())
+        places = [row.tolist().index for row in indices]
+        assert k < 400 or all(p(20) + 1 == p(33) and p(7) + 1 == p(9) for p in places)
+
+
+def test_candidates_are_searched_alone():
+    first = np.arange(300)
+    first[200] = 4
+    documents = random(300, 5)[first]
+    vectors, queries = in_shards(documents, first, 6), random(3, 6)
+    allowed = [np.array([2, 4, 200, 250]), np.array([], np.int64), np.arange(300)]
+    scores, indices = search_among(queries, vectors, allowed, 50)
+    everything = plain(queries, documents, 300)[1]
+    for row, numbers in enumerate(allowed):
+        expected = [i for i in everything[row].tolist() if i in numbers][:50]
+        assert indices[row].tolist() == expected + [-1] * (50 - len(expected))
+        np.testing.assert_allclose(scores[row, : len(expected)], documents[expected] @ queries[row], rtol=0, atol=1e-5)
+    assert search_among(queries, vectors, allowed, 1000)[1].shape == (3, 300)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("library", ["faiss"], indirect=True)
+def test_ranks_find_what_one_process_finds(world_size: int, tmp_path: Path):
+    """Of 3 shards the last of four ranks has none."""
+    answer = run_on_ranks("search_ranks.py", world_size, {"parts": 3, "k": 40}, tmp_path)
+    documents, queries = random(200, 7), random(11, 8)
+    assert answer == [plain(queries, documents, 40)[1].tolist()] * world_size
+
+
+@pytest.mark.parametrize("library", ["torch"], indirect=True)
+def test_memory_is_that_of_a_block_not_of_the_vectors(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(search, "BLOCK_BYTES", 2**18)
+    documents = random(2**15, 9).astype(np.float16)
+    vectors, queries = in_shards(documents, np.arange(len(documents)), 40, tmp_path), random(4, 10)
+    size = documents.nbytes
+    del documents
+    taken = []
+    for work in (lambda: search.search(queries, vectors, 10), vectors.array):
+        tracemalloc.start()
+        work()
+        taken.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert taken[0] < size / 2 and taken[1] > size  # control: all vectors in memory
 
 
 def test_no_queries():

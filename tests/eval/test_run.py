@@ -51,6 +51,26 @@ def test_shared_documents_are_embedded_once(folder: Path, tmp_path: Path):
     assert sum(rows) == len(set(task.collection.documents.values())) + 6 + 5
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_vectors_are_kept_where_asked(dtype, folder: Path, tmp_path: Path):
+    retriever, kept, rows = tiny_retriever(), tmp_path / "kept", []
+    retriever.encoder.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    (task,) = load_suite(str(folder))
+    found = []
+    for name, vectors in (("a", kept), ("b", kept), ("c", None)):
+        rows.clear()
+        settings = {"vectors": vectors, "dtype": dtype}
+        found.append(evaluate(retriever, [str(folder)], tmp_path / name, label="", step=None, **settings))
+        documents = 0 if name == "b" else len(set(task.collection.documents.values()))
+        assert sum(rows) == documents + 6
+        assert not (tmp_path / name / "vectors").exists()
+    assert found[0] == found[1] == found[2]
+    (file, *_) = kept.rglob("*.npy")
+    assert np.load(file, allow_pickle=False).dtype.name == f"float{dtype[2:]}"
+    system = json.loads((tmp_path / "a" / "metrics.json").read_text())["system"]
+    assert (system["vectors"], system["checkpoint"]) == (dtype, next(kept.iterdir()).name)
+
+
 def test_two_folders_of_one_name(folder: Path, tmp_path: Path):
     other = write_beir(tmp_path / "other" / "small", num_documents=50)
     with pytest.raises(RecipeError, match="two different collections are called small:test"):

@@ -70,9 +70,9 @@ def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, mo
     evaluated: list[str] = []
     dense, lexical, train = eval.run.evaluate, eval.run.evaluate_bm25, loop.train_stage
 
-    def evaluate(*arguments: Any, label: str, step: int) -> Any:
+    def evaluate(*arguments: Any, label: str, step: int, **settings: Any) -> Any:
         evaluated.append(f"{label} at {step}")
-        return dense(*arguments, label=label, step=step)
+        return dense(*arguments, label=label, step=step, **settings)
 
     def evaluate_bm25(*arguments: Any) -> Any:
         evaluated.append("BM25")
