@@ -133,6 +133,11 @@ class _Work(NamedTuple):
     tokens_per_batch: int | None
 
 
+def _prefix(work: _Work) -> str:
+    settings = work.retriever.settings
+    return settings.query_prefix if work.kind == "query" else settings.passage_prefix
+
+
 def _plan(texts: list[str], max_tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The first text identical to each, and the numbers of the different texts, cut into shards, longest first."""
     seen: dict[str, int] = {}
@@ -169,8 +174,8 @@ def _on_disk(work: _Work, parts: list[np.ndarray], store: Store) -> list[np.ndar
 
 
 def _key(work: _Work, parts: list[np.ndarray]) -> str:
-    """16 hex digits of the texts and of their shards."""
-    digest = hashlib.sha256()
+    """16 hex digits of the texts with their prefix and of their shards."""
+    digest = hashlib.sha256(_prefix(work).encode(errors="surrogatepass") + b"\0")
     for part in parts:
         for i in part:
             data = work.texts[i].encode(errors="surrogatepass")
@@ -209,9 +214,8 @@ def _embed(work: _Work, part: np.ndarray) -> np.ndarray:
     """The vectors of the texts of one shard, fp32 [rows, dim]."""
     encoder, tokenizer, settings = work.retriever
     device = next(encoder.parameters()).device
-    prefix = settings.query_prefix if work.kind == "query" else settings.passage_prefix
     texts = [work.texts[i] for i in part]
-    rows = tokenize(tokenizer, texts, prefix, settings.eval_max_tokens, settings.append_eos)
+    rows = tokenize(tokenizer, texts, _prefix(work), settings.eval_max_tokens, settings.append_eos)
     limit = work.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
     vectors, first = [], 0
