@@ -9,7 +9,7 @@ from retrievers import ragged_texts, tiny_retriever
 from tiny import save_model
 from tiny_retriever import CASES, TEXTS, make
 
-from eval.run import evaluate
+from eval.evaluate import evaluate
 from toolkit.data.tokens import Tokens, pad, tokenize
 from toolkit.embed import embed_texts, load_retriever
 

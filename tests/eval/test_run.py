@@ -11,8 +11,9 @@ from beir import write_beir
 from distributed import rank_environment, run_on_ranks
 from retrievers import tiny_retriever
 
-from eval import run
-from eval.run import evaluate, evaluate_bm25, main
+from eval import evaluate as evaluation
+from eval.evaluate import evaluate, evaluate_bm25
+from eval.run import main
 from eval.suites import load_suite
 from toolkit.recipe import RecipeError
 
@@ -77,7 +78,7 @@ def test_candidates_and_identical_ids(system: str, folder: Path, tmp_path: Path,
     }
     found = {}
     for name, variant in variants.items():
-        monkeypatch.setattr(run, "load_suite", lambda suite, variant=variant: [variant])
+        monkeypatch.setattr(evaluation, "load_suite", lambda suite, variant=variant: [variant])
         if system == "dense":
             found[name] = evaluate(tiny_retriever(), ["x"], tmp_path / name, label="", step=None)["small:test"]
         else:
@@ -91,11 +92,11 @@ def test_candidates_and_identical_ids(system: str, folder: Path, tmp_path: Path,
 
 def test_a_main_score_of_its_own_is_reported(folder: Path, tmp_path: Path, monkeypatch):
     (task,) = load_suite(str(folder))
-    monkeypatch.setattr(run, "load_suite", lambda suite: [task._replace(main_score="recall_at_1")])
+    monkeypatch.setattr(evaluation, "load_suite", lambda suite: [task._replace(main_score="recall_at_1")])
     assert "recall_at_1" in evaluate_bm25(["x"], tmp_path / "out")["small:test"]
     written = json.loads((tmp_path / "out" / "small_test.json").read_text())["scores"]["test"][0]
     assert written["main_score"] == written["recall_at_1"]
-    monkeypatch.setattr(run, "load_suite", lambda suite: [task._replace(main_score="other")])
+    monkeypatch.setattr(evaluation, "load_suite", lambda suite: [task._replace(main_score="other")])
     with pytest.raises(RecipeError, match="main score other is not computed"):
         evaluate_bm25(["x"], tmp_path / "out")
 

@@ -12,7 +12,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from retrievers import tiny_retriever
 
-from eval.run import evaluate
+from eval.evaluate import evaluate
 from eval.scores import as_run, per_query_scores
 from eval.suites import load_suite
 from toolkit.embed import embed_texts

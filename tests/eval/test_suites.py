@@ -145,6 +145,6 @@ def test_mteb_task_with_subsets_candidates_and_instructions(monkeypatch):
 def test_benchmarks_are_known(name: str, count: int, monkeypatch):
     """BEIR: 15 tasks, of which one is an aggregate of 12."""
     asked = []
-    monkeypatch.setattr("eval.suites._load_mteb_task", lambda task: asked.append(task.metadata.name) or [])
+    monkeypatch.setattr("eval.mteb_tasks.load_task", lambda task, folder: asked.append(task.metadata.name) or [])
     assert list(load_suite(name)) == []
     assert len(set(asked)) == count

@@ -9,7 +9,7 @@ from beir import write_beir
 from recipe_changes import RECIPES
 from test_errors import one_stage, start
 
-import eval.run
+import eval.evaluate
 from launcher.starts import origin, start_label
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.training import loop
@@ -68,11 +68,11 @@ def two_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
 def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, monkeypatch) -> None:
     """Also if the run is interrupted in the last stage: the starts and BM25 are not evaluated again."""
     evaluated: list[str] = []
-    dense, lexical, train = eval.run.evaluate, eval.run.evaluate_bm25, loop.train_stage
+    dense, lexical, train = eval.evaluate.evaluate, eval.evaluate.evaluate_bm25, loop.train_stage
 
-    def evaluate(*arguments: Any, label: str, step: int) -> Any:
+    def evaluate(*arguments: Any, label: str, step: int, changes: Any) -> Any:
         evaluated.append(f"{label} at {step}")
-        return dense(*arguments, label=label, step=step)
+        return dense(*arguments, label=label, step=step, changes=changes)
 
     def evaluate_bm25(*arguments: Any) -> Any:
         evaluated.append("BM25")
@@ -83,8 +83,8 @@ def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, mo
             raise ValueError("interrupted")
         return train(recipe, index, *more)
 
-    monkeypatch.setattr(eval.run, "evaluate", evaluate)
-    monkeypatch.setattr(eval.run, "evaluate_bm25", evaluate_bm25)
+    monkeypatch.setattr(eval.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(eval.evaluate, "evaluate_bm25", evaluate_bm25)
     monkeypatch.setattr(loop, "train_stage", interrupted)
     assert start(tmp_path, two_builds, monkeypatch) == 2
     assert evaluated == ["BM25", "untrained at 0", "language_model at 1", "again at 2", "untrained (stage 2) at 2"]
