@@ -82,13 +82,13 @@ def others() -> list[Any]:
     texts = ragged_texts(48, longest=9)
     grades = [float(i % 6) for i in range(24)]
     labels = [i % 3 for i in range(48)]
-    pairs = {"sentence1": texts[:24], "sentence2": texts[24:]}
+    pairs: dict[str, list[Any]] = {"sentence1": texts[:24], "sentence2": texts[24:]}
     named = {"text": texts, "label": labels}
     return [
         _with(LocalSTS(), DatasetDict(test=Dataset.from_dict(pairs | {"score": grades}))),
         _with(LocalClassification(), DatasetDict(train=Dataset.from_dict(named), test=Dataset.from_dict(named))),
         _with(LocalClustering(), DatasetDict(test=Dataset.from_dict({"sentences": texts, "labels": labels}))),
-        _with(LocalPairs(), DatasetDict(test=Dataset.from_dict({k: v for k, v in pairs.items()} | {"labels": [i % 2 for i in range(24)]}))),
+        _with(LocalPairs(), DatasetDict(test=Dataset.from_dict(pairs | {"labels": [i % 2 for i in range(24)]}))),
     ]  # fmt: skip
 
 
