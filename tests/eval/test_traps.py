@@ -197,7 +197,7 @@ def write_bright(folder: Path) -> Path:
     folder.mkdir()
     rows = {
         "documents": [
-            {"id": f"d{i}", "content": text} for i, text in enumerate(["w1 w2 w3", "w1 w2 w3 w1 w2 w9", "w50 w60 w61"])
+            {"id": f"d{i}", "content": text} for i, text in enumerate(["w1 w2 w3", "w1 w2 w3 w9", "w50 w60 w61"])
         ],
         "examples": [
             {"id": "q0", "query": "w1 w2 w3", "gold_ids": ["d1"], "excluded_ids": ["d0"]},
@@ -221,7 +221,8 @@ def test_excluded_documents_of_bright_are_not_found(system: str, tmp_path: Path,
         if task is not None:
             monkeypatch.setattr(evaluation, "load_suite", lambda name: [task])
         if system == "dense":
-            found = evaluate(tiny_retriever(), [suite], tmp_path / "out", label="", step=None)
+            retriever = tiny_retriever(query_prefix="", passage_prefix="")
+            found = evaluate(retriever, [suite], tmp_path / "out", label="", step=None)
         else:
             found = evaluate_bm25([suite], tmp_path / "out")
         per_query = json.loads((tmp_path / "out" / "per_query.json").read_text())["BrightPonyRetrieval"]
