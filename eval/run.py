@@ -126,17 +126,21 @@ def _default_output(what: str, suites: list[str]) -> Path:
 
 
 def _print_table(rows: dict[str, Path]) -> None:
-    table = Table(show_edge=False)
-    for title in ("collection", "documents", "queries", "", "nDCG@10", "Recall@100", "MRR@10", "main score"):
-        is_text = title in ("collection", "", "main score")
-        table.add_column(title, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     found = {label: json.loads((folder / "metrics.json").read_text("utf-8")) for label, folder in rows.items()}
-    last = list(found.values())[-1]
+    last, lines = list(found.values())[-1], []
     for kind in ("collections", "groups"):
         for name in last[kind]:
             for label, metrics in found.items():
                 if name in metrics[kind]:
-                    table.add_row(name, *_cells(metrics[kind][name], label))
+                    lines.append([name, *_cells(metrics[kind][name], label)])
+    titles = ("collection", "documents", "queries", "", "nDCG@10", "Recall@100", "MRR@10", "others")
+    shown = [column for column in range(len(titles)) if any(line[column] for line in lines)]
+    table = Table(show_edge=False)
+    for column in shown:
+        is_text = titles[column] in ("collection", "", "others")
+        table.add_column(titles[column], justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for line in lines:
+        table.add_row(*(line[column] for column in shown))
     console = Console()
     console.print(table)
     for name, row in last["collections"].items():
@@ -149,10 +153,11 @@ def _print_table(rows: dict[str, Path]) -> None:
 
 def _cells(row: dict[str, Any], label: str) -> list[str]:
     sizes = [f"{row[key]:,}" if key in row else "" for key in ("documents", "queries")]
-    main = row["main_score"]
-    of_group = isinstance(main, float)
-    shown = f"mean {main:.4f}" if of_group else "" if main == MAIN[0] else f"{main} {row[main]:.4f}"
-    return [*sizes, label, *(f"{row[key]:.4f}" if key in row else "" for key in MAIN), shown]
+    counts = {"main_score", "documents", "queries", "judged_documents_missing", "identical_ids_dropped", "seconds"}
+    others = [f"{key} {row[key]:.4f}" for key in row if key not in {*MAIN, *counts} and isinstance(row[key], float)]
+    if isinstance(row["main_score"], float) and row["main_score"] != row.get(MAIN[0]):  # a group's mean
+        others.append(f"mean of main scores {row['main_score']:.4f}")
+    return [*sizes, label, *(f"{row[key]:.4f}" if key in row else "" for key in MAIN), ", ".join(others)]
 
 
 if __name__ == "__main__":

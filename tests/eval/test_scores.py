@@ -1,15 +1,13 @@
 """The metrics against hand calculation, and against mteb's own figures on a local task with the same vectors."""
 
 import math
+from typing import Any
 
 import mteb
 import numpy as np
 import pytest
 from beir import write_beir
-from datasets import Dataset
-from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb_local import PlainEncoder, retrieval
 from retrievers import tiny_retriever
 
 from eval.evaluate import evaluate
@@ -48,50 +46,11 @@ def test_places_without_a_document_are_left_out():
     assert run == {"q": {"b": 2.0}}
 
 
-class Vectors:
-    """Our vectors behind mteb's encoder protocol."""
-
-    def __init__(self, retriever) -> None:
-        self.retriever = retriever
-        name = {"name": "test/vectors", "revision": "1", "similarity_fn_name": ScoringFunction.COSINE}
-        self.mteb_model_meta = ModelMeta.create_empty(name | {"modalities": ["text"]})
-
-    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-        texts = [text for batch in inputs for text in batch["text"]]
-        return embed_texts(self.retriever, texts, "query" if prompt_type == "query" else "passage")
-
-    def similarity(self, a, b):
-        return a @ b.T
-
-    def similarity_pairwise(self, a, b):
-        return (a * b).sum(1)
-
-
-class LocalTask(AbsTaskRetrieval):
-    metadata = TaskMetadata(
-        name="LocalTask", description="", type="Retrieval", category="t2t", dataset={"path": "local", "revision": "1"},
-        eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10",
-    )  # fmt: skip
-
-
 def test_scores_equal_those_of_mteb(tmp_path):
     (task,) = load_suite(str(write_beir(tmp_path / "small")))
-    local = LocalTask()
-    local.dataset = {
-        "default": {
-            "test": {
-                "corpus": Dataset.from_list(
-                    [{"id": i, "text": t, "title": ""} for i, t in task.collection.documents.items()]
-                ),
-                "queries": Dataset.from_list([{"id": i, "text": t} for i, t in task.collection.queries.items()]),
-                "relevant_docs": task.collection.qrels,
-                "top_ranked": None,
-            }
-        }
-    }
-    local.data_loaded = True
     retriever = tiny_retriever()
-    theirs = mteb.evaluate(Vectors(retriever), local, cache=None, co2_tracker=False, show_progress_bar=False)
+    encoder: Any = PlainEncoder(lambda texts, kind: embed_texts(retriever, texts, kind))
+    theirs = mteb.evaluate(encoder, retrieval(task.collection), cache=None, co2_tracker=False, show_progress_bar=False)
     ours = evaluate(retriever, [str(tmp_path / "small")], tmp_path / "eval", label="tiny", step=None)["small:test"]
     expected = theirs.task_results[0].scores["test"][0]
     assert 0.05 < expected["ndcg_at_10"] < 0.95
