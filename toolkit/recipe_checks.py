@@ -106,6 +106,8 @@ def _check_lengths(at: str, stage: Stage, upto: list[Stage]) -> Iterator[tuple[s
         return
     objective, limit = stage.objective, origin.build.max_tokens
     lengths = {"encoder.max_tokens": stage.encoder.max_tokens, "encoder.eval_max_tokens": stage.encoder.eval_max_tokens}
+    if stage.eval.max_tokens is not None:
+        lengths["eval.max_tokens"] = stage.eval.max_tokens
     if isinstance(objective, LanguageModelObjective):
         lengths["objective.max_tokens"] = objective.max_tokens
     elif isinstance(objective, RevelaObjective) and objective.language_model.start == "previous":

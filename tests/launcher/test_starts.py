@@ -123,6 +123,36 @@ def test_a_start_is_evaluated_again_only_if_it_changed(two_builds, tmp_path, mon
     assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns > written
 
 
+def test_no_score_is_kept_once_the_collection_changed(two_builds, tmp_path, monkeypatch) -> None:
+    """Neither the start's nor BM25's; the suites `quick` and `stage` stand for the folder that the recipe names."""
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("not now")
+
+    monkeypatch.setattr(loop, "train_stage", fail)
+    (folder,) = two_builds["stages"][0]["eval"]["suites"]
+    two_builds["stages"] = [two_builds["stages"][0], two_builds["stages"][1]]
+    two_builds["stages"][0]["eval"] = {"suites": ["quick"], "normalize": False}
+    two_builds["stages"][1]["eval"] = {"suites": [folder], "normalize": False}
+    scores = []
+    for text in ("", "", "\n"):
+        qrels = Path(folder) / "qrels" / "test.tsv"
+        if text:  # the same ids, other grades
+            qrels.write_text(qrels.read_text().replace("\t2\n", "\t0\n"))
+        assert start(tmp_path, two_builds, monkeypatch) == 2
+        found = [
+            json.loads((tmp_path / "run" / name / "eval" / "metrics.json").read_text()) for name in ("bm25", "start")
+        ]
+        assert [list(metrics["collections"]) for metrics in found] == [["quick:small:test", "small:test"]] * 2
+        assert found[1]["system"]["settings"]["normalize"] is False
+        times = [(tmp_path / "run" / name / "done.json").stat().st_mtime_ns for name in ("bm25", "start")]
+        scores.append((times, [metrics["collections"]["small:test"]["recall_at_100"] for metrics in found]))
+    assert scores[0] == scores[1]
+    for before, after in zip(*(scores[run][0] for run in (1, 2)), strict=True):
+        assert before < after
+    assert scores[1][1][0] != scores[2][1][0]
+
+
 def test_the_scores_of_a_start_whose_data_changed_are_made_again(
     two_builds: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
