@@ -63,7 +63,7 @@ def test_parts_of_one_suite_make_one_mean(task: Task, tmp_path: Path, monkeypatc
     scores = evaluate_bm25(["x", "x"], tmp_path / "out")  # named twice, counted once
     values = [scores[name]["ndcg_at_10"] for name, _ in parts]
     assert scores["BEIR"]["ndcg_at_10"] == pytest.approx((values[0] + (values[1] + values[2]) / 2) / 2)
-    assert len(set(values)) == 3
+    assert scores["BEIR"]["ndcg_at_10"] != pytest.approx(np.mean(values))
     write_eval_scalars(tmp_path, scores, step=70)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

@@ -10,9 +10,11 @@ from beir import write_beir
 from mteb_local import PlainEncoder, retrieval
 from retrievers import tiny_retriever
 
-from eval.evaluate import evaluate
+from eval import evaluate as evaluation
+from eval.evaluate import evaluate, evaluate_bm25
 from eval.scores import as_run, per_query_scores
 from eval.suites import load_suite
+from eval.tasks import Task
 from toolkit.embed import embed_texts
 
 
@@ -46,12 +48,19 @@ def test_places_without_a_document_are_left_out():
     assert run == {"q": {"b": 2.0}}
 
 
-def test_scores_equal_those_of_mteb(tmp_path):
+@pytest.mark.parametrize("reranked", [False, True])
+def test_scores_equal_those_of_mteb(reranked: bool, tmp_path, monkeypatch):
+    """Of all documents, or (as in reranking) of some for each query."""
     (task,) = load_suite(str(write_beir(tmp_path / "small")))
+    assert isinstance(task, Task)
+    few = {q: [f"d{i}" for i in range(int(q[1:]), 60, 5)] for q in task.collection.queries} if reranked else None
+    task = task._replace(candidates=few)
+    monkeypatch.setattr(evaluation, "load_suite", lambda name: [task])
     retriever = tiny_retriever()
     encoder: Any = PlainEncoder(lambda texts, kind: embed_texts(retriever, texts, kind))
-    theirs = mteb.evaluate(encoder, retrieval(task.collection), cache=None, co2_tracker=False, show_progress_bar=False)
-    ours = evaluate(retriever, [str(tmp_path / "small")], tmp_path / "eval", label="tiny", step=None)["small:test"]
+    local = retrieval(task.collection, few)
+    theirs = mteb.evaluate(encoder, local, cache=None, co2_tracker=False, show_progress_bar=False)
+    ours = evaluate(retriever, ["x"], tmp_path / "eval", label="tiny", step=None)["small:test"]
     expected = theirs.task_results[0].scores["test"][0]
     assert 0.05 < expected["ndcg_at_10"] < 0.95
     written = mteb.TaskResult.from_disk(tmp_path / "eval" / "small_test.json")
@@ -61,3 +70,21 @@ def test_scores_equal_those_of_mteb(tmp_path):
         assert written.scores["test"][0][key] == pytest.approx(expected[key], abs=1.1e-5), key
     assert written.get_score() == pytest.approx(ours["ndcg_at_10"], abs=1e-5)
     assert set(written.scores["test"][0]) <= set(expected)
+
+
+def test_msmarco_by_its_usual_scores(tmp_path):
+    for name in ("MSMARCO", "TRECDL2019", "TRECDL2020"):
+        write_beir(tmp_path / "mirror" / name)
+    found = evaluate_bm25([f"msmarco={tmp_path / 'mirror'}"], tmp_path / "out")
+    usual = ["ndcg_at_10", "recall_at_100", "mrr_at_10"]
+    assert {name: list(scores) for name, scores in found.items()} == {
+        "MSMARCO": [*usual, "recall_at_50", "recall_at_1000"], "TRECDL2019": usual, "TRECDL2020": usual
+    }  # fmt: skip
+    written = mteb.TaskResult.from_disk(tmp_path / "out" / "MSMARCO.json").scores["dev"][0]
+    assert written["main_score"] == written["mrr_at_10"] == pytest.approx(found["MSMARCO"]["mrr_at_10"], abs=1e-5)
+
+
+def test_recall_at_50_by_hand():
+    run = {"q": {f"d{i:02}": -float(i) for i in range(60)}}
+    scores = per_query_scores(run, {"q": {"d09": 1, "d49": 1, "d50": 1, "d99": 1}})
+    assert [scores[f"recall_at_{k}"][0] for k in (20, 50, 100)] == [0.25, 0.5, 0.75]
