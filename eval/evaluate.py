@@ -15,7 +15,7 @@ from eval.answers import accuracies
 from eval.mteb_encoder import score_by_mteb
 from eval.results import Groups, MtebResult, Result, group_means, write_results
 from eval.scores import DEPTH, as_run, per_query_scores
-from eval.settings import for_task, revision_of, with_settings
+from eval.settings import checkpoint_digest, for_task, with_settings
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
 from toolkit import bm25
@@ -70,11 +70,11 @@ def evaluate(
     system = {
         "kind": "dense",
         "dtype": str(next(retriever.encoder.parameters()).dtype).removeprefix("torch."),
-        "revision": revision_of(retriever),
+        "checkpoint": checkpoint_digest(retriever),
         "settings": retriever.settings.model_dump(),
         "prompts": changes.prompts,
     }
-    by_mteb = lambda task: score_by_mteb(task, retriever, changes, label, system["revision"])  # noqa: E731
+    by_mteb = lambda task: score_by_mteb(task, retriever, changes, label, system["checkpoint"])  # noqa: E731
     record = {"label": label, "step": step, "system": system, "identical_ids": changes.identical_ids}
     return _evaluate(rank_documents, by_mteb, suites, folder, record)
 

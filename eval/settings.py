@@ -53,7 +53,7 @@ def for_task(retriever: Retriever, changes: EvalSettings, task: str, task_type: 
     return retriever._replace(settings=retriever.settings.model_copy(update=update))
 
 
-def revision_of(retriever: Retriever) -> str:
+def checkpoint_digest(retriever: Retriever) -> str:
     """16 hex digits of the weights and of all settings that a vector depends on."""
     digest = hashlib.sha256(json.dumps(retriever.settings.model_dump()).encode())
     for name, weight in sorted(retriever.encoder.state_dict().items()):

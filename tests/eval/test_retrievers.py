@@ -18,7 +18,7 @@ from tiny_retriever import CASES, Made, make, small_model
 from eval.evaluate import evaluate
 from eval.retrievers import load_any
 from eval.run import main
-from eval.settings import revision_of, with_settings
+from eval.settings import checkpoint_digest, with_settings
 from toolkit.embed import embed_texts
 from toolkit.export import load_export
 from toolkit.recipe import EvalSettings, RecipeError
@@ -196,8 +196,8 @@ def test_settings_of_an_evaluation():
     states = first.encoder.backbone(**_tokens(first, "w0 w5")).last_hidden_state[0, 0]
     found = embed_texts(first, ["w5"], "query")[0]
     np.testing.assert_allclose(found, torch.nn.functional.normalize(states, dim=0).detach().numpy(), atol=1e-6)
-    revisions = {revision_of(model) for model in (retriever, raw, two, first)}
-    assert len(revisions) == 4 and revision_of(tiny_retriever()) == revision_of(retriever)
+    revisions = {checkpoint_digest(model) for model in (retriever, raw, two, first)}
+    assert len(revisions) == 4 and checkpoint_digest(tiny_retriever()) == checkpoint_digest(retriever)
     bert = tiny_retriever()
     bert.encoder.backbone.config.update({"model_type": "bert", "max_position_embeddings": 64})
     with pytest.raises(RecipeError, match=r"eval.max_tokens: the model \(bert\) has learned positions for 64"):

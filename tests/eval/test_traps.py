@@ -116,7 +116,7 @@ def test_no_score_of_other_weights_is_taken_from_a_cache(task: Task, tmp_path: P
     ours, revisions = [], []
     for retriever in (first, second):  # into one folder
         ours.append(scored(monkeypatch, tasks, tmp_path / "out", retriever))
-        revisions.append(json.loads((tmp_path / "out" / "metrics.json").read_text())["system"]["revision"])
+        revisions.append(json.loads((tmp_path / "out" / "metrics.json").read_text())["system"]["checkpoint"])
     assert [found["small:test"]["ndcg_at_10"] for found in ours] == pytest.approx(truth, abs=1e-5)
     assert ours[0]["LocalSTS"] != ours[1]["LocalSTS"] and revisions[0] != revisions[1]
 
