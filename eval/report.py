@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eval.run import MAIN, file_name
+from eval.results import MAIN, file_name
 from eval.significance import Comparison, compare
 from toolkit.files import replace_text
 

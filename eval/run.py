@@ -1,247 +1,37 @@
-"""Score a retriever or BM25 on suites of collections, and `python -m eval.run EXPORT|bm25 --suite NAME ...`.
-
-Called by the launcher before the first stage and after each; every rank calls the same functions, rank 0 writes.
-"""
+"""The command `python -m eval.run WHAT --suite NAME ...`: score any retriever, or BM25, on suites of collections."""
 
 import argparse
 import json
 import os
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from eval.scores import DEPTH, as_run, per_query_scores
-from eval.suites import Task, load_suite
-from toolkit import bm25
-from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank, world_size
-from toolkit.embed import Retriever, checkpoint_digest, encode
-from toolkit.files import replace_text
+from eval.evaluate import evaluate, evaluate_bm25
+from eval.results import MAIN, file_name
+from eval.suites import expand
+from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank
 from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
-from toolkit.prepare import on_every_rank
-from toolkit.recipe import RecipeError
-from toolkit.search import search, search_among
-from toolkit.vectors import Store, gather_rows, leave
+from toolkit.recipe import EvalSettings, RecipeError
 
-MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
-PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "pytrec-eval-terrier", "mteb")
-
-Ranking = tuple[np.ndarray, np.ndarray]  # scores fp32 [q, k], indices of documents int64 [q, k], -1 for none
-
-
-class Result(NamedTuple):
-    task: Task
-    query_ids: list[str]
-    per_query: dict[str, np.ndarray]  # metric -> [q]
-    seconds: float
-
-    @property
-    def means(self) -> dict[str, float]:
-        return {name: float(values.mean()) for name, values in self.per_query.items()}
-
-
-def evaluate(
-    retriever: Retriever,
-    suites: list[str],
-    folder: Path,
-    label: str,
-    step: int | None,
-    vectors: Path | None = None,
-    dtype: Literal["fp32", "fp16"] = "fp32",
-    may_collapse: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Score a retriever by exact search; all ranks call it and get the result, rank 0 writes it.
-
-    The vectors of documents lie on disk, where an interrupted evaluation finds them; identical documents of several
-    collections are embedded once.
-
-    Args:
-        retriever: in eval mode.
-        suites: names as `load_suite` reads them.
-        folder: gets metrics.json, per_query.json and one <collection>.json in mteb's format for each collection.
-        label, step: what is scored, for the record.
-        vectors: a folder that all ranks see, which keeps the vectors of documents for other evaluations of the same
-            weights; None: folder/vectors, deleted when the scores are written.
-        dtype: number format of these vectors.
-        may_collapse: see `encode`.
-
-    Returns:
-        collection -> {"ndcg_at_10", "recall_at_100", "mrr_at_10", and the collection's own main score}.
-
-    Raises:
-        RecipeError: see `load_suite`. ValueError: see `encode`.
-    """
-    checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
-    store = Store(vectors or folder / "vectors", checkpoint, dtype)
-
-    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
-        documents = encode(retriever, task.collection.documents, "passage", store, may_collapse)
-        queries = encode(retriever, task.collection.queries, "query", may_collapse=may_collapse).array()
-        if candidates is not None:
-            return search_among(queries[own], documents, candidates, DEPTH)
-        scores, indices = search(queries, documents, DEPTH)
-        return scores[own], indices[own]
-
-    weights = str(next(retriever.encoder.parameters()).dtype).removeprefix("torch.")
-    system = {"kind": "dense", "checkpoint": checkpoint, "dtype": weights, "vectors": dtype}
-    system |= {"settings": retriever.settings.model_dump()}
-    scores = _evaluate(rank_documents, suites, folder, {"label": label, "step": step, "system": system})
-    on_rank_zero(lambda: leave(store, keep=vectors is not None))
-    return scores
-
-
-def evaluate_bm25(suites: list[str], folder: Path) -> dict[str, dict[str, float]]:
-    """Score BM25 in the same way; code is split at underscores and changes of case, prose is stemmed."""
-
-    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
-        queries = list(task.collection.queries.values())[own]
-        return bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates)
-
-    system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
-    return _evaluate(rank_documents, suites, folder, {"label": "BM25", "step": None, "system": system})
-
-
-def _evaluate(
-    rank_documents: Callable[[Task, list[str], slice, list[np.ndarray] | None], Ranking],
-    suites: list[str],
-    folder: Path,
-    record: dict[str, Any],
-) -> dict[str, dict[str, float]]:
-    results: dict[str, Result] = {}
-    for task in _read_tasks(suites):
-        name = task.collection.name
-        if name not in results:
-            results[name] = _score(task, rank_documents)
-        elif results[name].task.revision != task.revision:
-            raise RecipeError(f"suites: two different collections are called {name}; rename one of the folders")
-    on_rank_zero(lambda: _write(folder, record, results))
-    return {name: {key: result.means[key] for key in _main_keys(result.task)} for name, result in results.items()}
-
-
-def _read_tasks(suites: list[str]) -> Iterator[Task]:
-    """The collections of all suites one after another, on every rank; all names are checked before the first."""
-    for suite in on_every_rank(lambda: [iter(load_suite(name)) for name in suites]):
-        while (task := on_every_rank(lambda suite=suite: next(suite, None))) is not None:
-            yield task
-
-
-def _score(task: Task, rank_documents: Callable[[Task, list[str], slice, list[np.ndarray] | None], Ranking]) -> Result:
-    """Each rank searches for its share of the queries; all of them see all rankings."""
-    started = time.perf_counter()
-    _, documents, queries, qrels = task.collection
-    query_ids, document_ids = list(queries), list(documents)
-    own = slice(*(len(query_ids) * part // world_size() for part in (rank(), rank() + 1)))
-    scores, indices = rank_documents(task, list(documents.values()), own, _candidates(task, query_ids[own]))
-    run = as_run(query_ids, document_ids, gather_rows(scores), gather_rows(indices))
-    if task.ignore_identical_ids:
-        for query, ranking in run.items():
-            ranking.pop(query, None)
-    per_query = per_query_scores(run, {query: qrels[query] for query in query_ids})
-    if task.main_score not in per_query:
-        raise RecipeError(f"{task.collection.name}: its main score {task.main_score} is not computed here")
-    return Result(task._replace(candidates=None), query_ids, per_query, time.perf_counter() - started)
-
-
-def _candidates(task: Task, query_ids: list[str]) -> list[np.ndarray] | None:
-    """For each query the rising indices of the documents it may find."""
-    if task.candidates is None:
-        return None
-    place = {document: i for i, document in enumerate(task.collection.documents)}
-    return [np.array(sorted({place[document] for document in task.candidates[query]})) for query in query_ids]
-
-
-# --------------------------------------------------------------------------- what is written
-
-
-def _main_keys(task: Task) -> list[str]:
-    return list(dict.fromkeys([*MAIN, task.main_score]))
-
-
-def _write(folder: Path, record: dict[str, Any], results: dict[str, Result]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = _versions()
-    collections = {}
-    for name, result in results.items():
-        task = result.task
-        documents, qrels = task.collection.documents, task.collection.qrels
-        collections[name] = {
-            **{key: result.means[key] for key in _main_keys(task)},
-            "main_score": task.main_score,
-            "documents": len(documents),
-            "queries": len(result.query_ids),
-            "judged_documents_missing": len({d for grades in qrels.values() for d in grades if d not in documents}),
-            "ignore_identical_ids": task.ignore_identical_ids,
-            "bm25_words": "code" if task.code else "prose",
-            "revision": task.revision,
-            "seconds": round(result.seconds, 3),
-        }
-        replace_text(folder / f"{file_name(name)}.json", _dump(_mteb_result(result, versions["mteb"])))
-    per_query = {
-        name: {key: dict(zip(r.query_ids, r.per_query[key].tolist(), strict=True)) for key in _main_keys(r.task)}
-        for name, r in results.items()
-    }
-    replace_text(folder / "per_query.json", _dump(per_query))
-    replace_text(folder / "metrics.json", _dump({**record, "collections": collections, "versions": versions}))
-
-
-def _mteb_result(result: Result, mteb_version: str) -> dict[str, Any]:
-    task = result.task
-    scores = {key: round(value, 5) for key, value in result.means.items()}
-    row = {**scores, "main_score": scores[task.main_score], "hf_subset": task.subset, "languages": task.languages}
-    return {
-        "dataset_revision": task.revision,
-        "task_name": task.task_name,
-        "mteb_version": mteb_version,
-        "scores": {task.split: [row]},
-        "evaluation_time": result.seconds,
-        "kg_co2_emissions": None,
-    }
-
-
-def file_name(collection: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", collection)
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # one of the two faiss packages, or both
-            continue
-    return versions
-
-
-# --------------------------------------------------------------------------- the command
+WHAT = "an export, a sentence-transformers model, an adapter or a base model, each a folder or a hub id; or bm25"
+SUITE = (
+    "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, an mteb task or "
+    "benchmark, or NAME=FOLDER with its data on disk; repeatable"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score an export or BM25 on collections.")
-    parser.add_argument("what", help="the export/ folder of a stage, or bm25")
-    suites = "stdlib:dev, stdlib:test, FOLDER or FOLDER:split in BEIR layout, an mteb task or benchmark; repeatable"
-    parser.add_argument("--suite", action="append", required=True, metavar="NAME", help=suites)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: EXPORT/eval/<suite>, or eval_bm25")
-    kept = "keep the documents' vectors here, found again for the same weights; default: in the output while it runs"
-    parser.add_argument("--vectors", type=Path, metavar="DIR", help=kept)
-    parser.add_argument("--vectors-dtype", choices=("fp32", "fp16"), default="fp32", help="fp16 takes half the disk")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        _run(arguments.what, arguments.suite, arguments.output, arguments.vectors, arguments.vectors_dtype)
+        _run(arguments)
     except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
         time.sleep(SECONDS_TO_SPEAK)
         return 2
@@ -255,47 +45,123 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(
-    what: str, suites: list[str], output: Path | None, vectors: Path | None, dtype: Literal["fp32", "fp16"]
-) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a retriever or BM25 on collections.")
+    parser.add_argument("what", help=WHAT)
+    parser.add_argument("--suite", action="append", required=True, metavar="NAME", help=SUITE)
+    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter for a base model")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: WHAT/eval/<suite>, or eval_<name>")
+    kept = "keep the documents' vectors here, found again for the same weights; default: in the output while it runs"
+    parser.add_argument("--vectors", type=Path, metavar="DIR", help=kept)
+    parser.add_argument("--vectors-dtype", choices=("fp32", "fp16"), default="fp32", help="fp16 takes half the disk")
+    parser.add_argument("--compare", type=Path, action="append", default=[], metavar="DIR", help="an earlier result")
+    of_model = parser.add_argument_group("instead of the model's own settings (written into the result)")
+    of_model.add_argument("--query-prefix", metavar="TEXT")
+    of_model.add_argument("--passage-prefix", metavar="TEXT")
+    of_model.add_argument("--max-tokens", type=int, metavar="N")
+    of_model.add_argument("--pooling", help="eos, mean or cls")
+    of_model.add_argument("--normalize", choices=("true", "false"), help="false: raw dot products")
+    prompts = "prefix of all texts of an mteb task or type of task, e.g. 'Clustering=cluster: '; repeatable"
+    of_model.add_argument("--prompt", action="append", default=[], metavar="TASK=TEXT", help=prompts)
+    ids = "documents whose id equals the query's: task (default), keep or drop"
+    of_model.add_argument("--identical-ids", default="task", metavar="HOW", help=ids)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> EvalSettings:
+    prompts: dict[str, str] = {}
+    for prompt in arguments.prompt:
+        task, equals, text = prompt.partition("=")
+        if not equals:
+            raise RecipeError(f"--prompt {prompt}: write TASK=TEXT")
+        prompts[task] = text
+    values: dict[str, Any] = {
+        "query_prefix": arguments.query_prefix,
+        "passage_prefix": arguments.passage_prefix,
+        "max_tokens": arguments.max_tokens,
+        "pooling": arguments.pooling,
+        "normalize": None if arguments.normalize is None else arguments.normalize == "true",
+        "prompts": prompts,
+        "identical_ids": arguments.identical_ids,
+    }
+    try:
+        return EvalSettings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise RecipeError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}") from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    what, output, changes = arguments.what, arguments.output, _settings(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    suites = on_rank_zero(lambda: expand(arguments.suite))
     rows: dict[str, Path] = {}
     if what == "bm25":
-        rows["BM25"] = output or Path("eval_bm25")
-        evaluate_bm25(suites, rows["BM25"])
+        folder = rows["BM25"] = output or Path("eval_bm25")
+        evaluate_bm25(suites, folder, changes)
     else:
-        from toolkit.export import load_export
+        from eval.retrievers import load_any
 
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        folder = output or Path(what) / "eval" / file_name("+".join(Path(suite).name for suite in suites))
+        retriever, prompts = load_any(what, arguments.adapter, changes, device)
+        changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
+        folder = output or _default_output(what, arguments.suite)
         rows["BM25"], rows["retriever"] = folder / "bm25", folder
-        retriever = on_every_rank(lambda: load_export(Path(what), device))
-        evaluate(retriever, suites, folder, label=what, step=None, vectors=vectors, dtype=dtype)
-        evaluate_bm25(suites, rows["BM25"])
+        vectors, dtype = arguments.vectors, arguments.vectors_dtype
+        evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=vectors, dtype=dtype)
+        evaluate_bm25(suites, rows["BM25"], changes)
     if rank() == 0:
         _print_table(rows)
+        if arguments.compare:
+            from eval.compare import print_comparisons
+
+            print_comparisons(folder, arguments.compare)
+
+
+def _default_output(what: str, suites: list[str]) -> Path:
+    """Beside an export; results of a model that is not ours go into the working directory."""
+    name = file_name("+".join(Path(suite).name for suite in suites))
+    own = (Path(what) / "export.json").is_file()
+    return (Path(what) / "eval" if own else Path(f"eval_{file_name(Path(what).name)}")) / name
 
 
 def _print_table(rows: dict[str, Path]) -> None:
+    found = {label: json.loads((folder / "metrics.json").read_text("utf-8")) for label, folder in rows.items()}
+    last, lines = list(found.values())[-1], []
+    for kind in ("collections", "groups"):
+        for name in last[kind]:
+            for label, metrics in found.items():
+                if name in metrics[kind]:
+                    lines.append([name, *_cells(metrics[kind][name], label)])
+    titles = ("collection", "documents", "queries", "", "nDCG@10", "Recall@100", "MRR@10", "others")
+    shown = [column for column in range(len(titles)) if any(line[column] for line in lines)]
     table = Table(show_edge=False)
-    for title in ("collection", "documents", "queries", "", "nDCG@10", "Recall@100", "MRR@10"):
-        is_text = title in ("collection", "")
-        table.add_column(title, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    found = {label: json.loads((folder / "metrics.json").read_text())["collections"] for label, folder in rows.items()}
-    for name in next(iter(found.values())):
-        for label, collections in found.items():
-            row = collections[name]
-            sizes = [f"{row[key]:,}" for key in ("documents", "queries")]
-            table.add_row(name, *sizes, label, *(f"{row[key]:.4f}" for key in MAIN))
+    for column in shown:
+        is_text = titles[column] in ("collection", "", "others")
+        table.add_column(titles[column], justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for line in lines:
+        table.add_row(*(line[column] for column in shown))
     console = Console()
     console.print(table)
-    for name, row in next(iter(found.values())).items():
-        if row["judged_documents_missing"]:
+    for name, row in last["collections"].items():
+        if row.get("judged_documents_missing"):
             console.print(f"{name}: {row['judged_documents_missing']} judged documents are not in the corpus")
+    if last["skipped"]:
+        console.print(f"left out, since BM25 makes no vectors: {', '.join(last['skipped'])}")
     console.print(f"written to {list(rows.values())[-1]}")
+
+
+def _cells(row: dict[str, Any], label: str) -> list[str]:
+    sizes = [f"{row[key]:,}" if key in row else "" for key in ("documents", "queries")]
+    counts = {"main_score", "documents", "queries", "judged_documents_missing", "identical_ids_dropped", "seconds"}
+    others = [f"{key} {row[key]:.4f}" for key in row if key not in {*MAIN, *counts} and isinstance(row[key], float)]
+    if isinstance(row["main_score"], float) and row["main_score"] != row.get(MAIN[0]):  # a group's mean
+        others.append(f"mean of main scores {row['main_score']:.4f}")
+    return [*sizes, label, *(f"{row[key]:.4f}" if key in row else "" for key in MAIN), ", ".join(others)]
 
 
 if __name__ == "__main__":

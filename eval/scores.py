@@ -3,7 +3,7 @@
 import numpy as np
 import pytrec_eval
 
-K_VALUES = (1, 3, 5, 10, 20, 100, 1000)
+K_VALUES = (1, 3, 5, 10, 20, 50, 100, 1000)  # those of mteb, and 50, at which MS MARCO counts recall
 DEPTH = max(K_VALUES)
 MEASURES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}
 

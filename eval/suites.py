@@ -1,46 +1,88 @@
-"""A suite's name -> the collections it means: the embedded corpus, a folder in BEIR layout, an mteb task or benchmark.
+"""Names of suites -> the collections they mean, each with the group whose mean it counts in.
 
-Called by eval.run.
+Called by eval.evaluate and, for what a recipe's names mean together, by the launcher.
 """
 
-import difflib
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from toolkit.data.beir import beir_splits, read_beir_texts, read_judgements
-from toolkit.data.records import Collection
+from eval.folders import is_folder, load_folder, local_task, shrink
+from eval.tasks import MtebTask, Task
 from toolkit.data.stdlib_corpus import collection as stdlib_collection
 from toolkit.recipe import RecipeError
 
 STDLIB: dict[str, Literal["dev", "test"]] = {"stdlib:dev": "dev", "stdlib:test": "test"}
+LOCAL = "local"  # the group of whole folders and of the embedded corpus
 
 
-class Task(NamedTuple):
-    """A collection and how it is scored."""
+class Group(NamedTuple):
+    """mteb tasks of which one mean is reported."""
 
-    collection: Collection
-    task_name: str
-    subset: str
-    split: str
-    revision: str
-    languages: list[str]
-    main_score: str = "ndcg_at_10"
-    code: bool = False  # BM25 reads identifiers, not prose
-    ignore_identical_ids: bool = (
-        False  # drop the document whose id equals the query's (mteb: off unless the task says so)
+    name: str
+    tasks: tuple[str, ...]
+    main_score: str | None = None  # None: the task's own
+    reported: tuple[str, ...] = ()  # besides the usual ones
+
+
+BEIR = (
+    "TRECCOVID", "NFCorpus", "NQ", "HotpotQA", "FiQA2018", "ArguAna", "Touche2020", "CQADupstackRetrieval",
+    "QuoraRetrieval", "DBPedia", "SCIDOCS", "FEVER", "ClimateFEVER", "SciFact", "MSMARCO",
+)  # fmt: skip
+NANO_BEIR = tuple(
+    f"Nano{name}Retrieval"
+    for name in (
+        "ArguAna", "ClimateFever", "DBPedia", "FEVER", "FiQA2018", "HotpotQA", "MSMARCO", "NFCorpus", "NQ", "Quora",
+        "SCIDOCS", "SciFact", "Touche2020",
     )
-    candidates: dict[str, list[str]] | None = None  # query id -> the documents it may find; None: all
+)  # fmt: skip
+COIR = (
+    "AppsRetrieval", "CodeFeedbackMT", "CodeFeedbackST", "CodeSearchNetCCRetrieval", "CodeTransOceanContest",
+    "CodeTransOceanDL", "CosQA", "COIRCodeSearchNetRetrieval", "StackOverflowQA", "SyntheticText2SQL",
+)  # fmt: skip
+BRIGHT_LONG = ("Biology", "EarthScience", "Economics", "Psychology", "Robotics", "Stackoverflow", "SustainableLiving",
+               "Pony")  # fmt: skip
+BRIGHT = (*BRIGHT_LONG, "Leetcode", "Aops", "TheoremQATheorems", "TheoremQAQuestions")
+SUITES: dict[str, list[Group]] = {
+    "beir": [Group("BEIR", BEIR)],
+    "coir": [Group("CoIR", COIR)],
+    "bright": [  # v1.1: the tasks of BRIGHT's first version in mteb let a query find the documents it must not
+        Group("BRIGHT", tuple(f"Bright{name}Retrieval" for name in BRIGHT)),
+        Group("BRIGHT long", tuple(f"Bright{name}LongRetrieval" for name in BRIGHT_LONG)),
+    ],
+    "msmarco": [
+        Group("", ("MSMARCO",), "mrr_at_10", ("recall_at_50", "recall_at_1000")),
+        Group("", ("TRECDL2019", "TRECDL2020")),
+    ],
+    "stage": [Group("NanoBEIR", NANO_BEIR), Group("", ("CosQA", "BrightPonyRetrieval"))],
+}
 
 
-def load_suite(name: str) -> Iterable[Task]:
+def expand(suites: list[str], named: Iterable[str] | None = None) -> list[str]:
+    """Suites with `quick` and `stage` written out: both mean every local folder of `named` (None: of `suites`) too.
+
+    `quick` becomes quick:FOLDER for each, `stage` is followed by them.
+
+    Raises:
+        RecipeError: for quick where no folder is named.
+    """
+    folders = [name for name in (suites if named is None else named) if is_folder(name)]
+    expanded = []
+    for suite in suites:
+        if suite == "quick" and not folders:
+            raise RecipeError("suite quick: no local folder is named; write quick:FOLDER")
+        expanded += [f"quick:{folder}" for folder in folders] if suite == "quick" else [suite]
+        expanded += folders if suite == "stage" else []
+    return list(dict.fromkeys(expanded))
+
+
+def load_suite(name: str) -> Iterable[Task | MtebTask]:
     """The collections of a suite, read one at a time where they come from mteb; only queries with judgements are kept.
 
     Args:
-        name: "stdlib:dev", "stdlib:test"; a folder in BEIR layout, FOLDER or FOLDER:split; an mteb retrieval task or
-            benchmark.
+        name: a name of SUITES; "stdlib:dev", "stdlib:test"; a folder, FOLDER or FOLDER:split, or quick:FOLDER for at
+            most 2,000 of its documents; an mteb task or benchmark; NAME=FOLDER, where the folder holds the data of that
+            task, or of a benchmark's tasks in folders below it.
 
     Raises:
         RecipeError: for an unknown name or split, a malformed file (with file and line), a hub that cannot be reached.
@@ -48,115 +90,55 @@ def load_suite(name: str) -> Iterable[Task]:
     if name.startswith("stdlib:"):
         if name not in STDLIB:
             raise RecipeError(f"suite {name}: no such split; use {' or '.join(STDLIB)}")
-        return [_local_task(stdlib_collection(STDLIB[name]), "stdlib", STDLIB[name], code=True)]
-    folder, colon, split = name.rpartition(":")
-    if Path(name).is_dir():
-        return [_load_folder(Path(name), None)]
-    if colon and Path(folder).is_dir():
-        return [_load_folder(Path(folder), split)]
-    if name.startswith((".", "/", "~")):
+        task = local_task(stdlib_collection(STDLIB[name]), "stdlib", STDLIB[name], code=True)
+        return [task._replace(group=LOCAL, member=task.collection.name)]
+    if is_folder(name):
+        task = load_folder(name)
+        return [task._replace(group=LOCAL, member=task.collection.name)]
+    if name.startswith("quick:") and is_folder(name.removeprefix("quick:")):
+        task = shrink(load_folder(name.removeprefix("quick:")))
+        return [task._replace(group="quick", member=task.collection.name)]
+    label, equals, mirror = name.partition("=")
+    if not equals and name.startswith((".", "/", "~", "quick:")):
         raise RecipeError(f"suite {name}: no such folder; name a folder with corpus.jsonl, queries.jsonl and qrels/")
-    return (part for task in _find_mteb_tasks(name) for part in _load_mteb_task(task))
+    if equals and not Path(mirror).expanduser().is_dir():
+        raise RecipeError(f"suite {name}: {mirror} is no folder; write NAME=FOLDER with the data of mteb's task NAME")
+    return _mteb_tasks(label, Path(mirror).expanduser() if equals else None)
 
 
-def _local_task(collection: Collection, task_name: str, split: str, code: bool) -> Task:
-    content = json.dumps(collection, ensure_ascii=False).encode()
-    revision = hashlib.sha256(content).hexdigest()[:16]
-    judged = {query: collection.queries[query] for query in collection.qrels}
-    return Task(collection._replace(queries=judged), task_name, "default", split, revision, ["eng-Latn"], code=code)
+def _mteb_tasks(name: str, mirror: Path | None) -> Iterator[Task | MtebTask]:
+    """The tasks of a name, found now, loaded one by one."""
+    from eval.mteb_tasks import find_groups, load_task, mirror_of  # imports mteb, which takes seconds
 
-
-# --------------------------------------------------------------------------- a folder in BEIR layout
-
-
-def _load_folder(folder: Path, split: str | None) -> Task:
-    splits = beir_splits(folder)
-    if split is None:
-        split = "test" if "test" in splits else splits[0] if len(splits) == 1 else None
-    if split not in splits:
-        found = ", ".join(f"{folder}:{s}" for s in splits) or "none (a split is a file qrels/NAME.tsv)"
-        raise RecipeError(f"{folder}: name one of its splits; found {found}")
-    documents, queries = read_beir_texts(folder / "corpus.jsonl"), read_beir_texts(folder / "queries.jsonl")
-    qrels = read_judgements(folder / "qrels" / f"{split}.tsv", queries)
-    if not any(grade > 0 and did in documents for grades in qrels.values() for did, grade in grades.items()):
-        raise RecipeError(f"{folder}/qrels/{split}.tsv: no judged document is in corpus.jsonl; their ids must agree")
-    name = folder.resolve().name
-    return _local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split, code=False)
-
-
-# --------------------------------------------------------------------------- mteb
-
-
-def _find_mteb_tasks(name: str) -> list[Any]:
-    import mteb  # takes seconds to import: only for those who ask for it
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
-
-    benchmarks = {label: b for b in mteb.get_benchmarks() for label in (b.name, *b.aliases)}
-    if name in benchmarks:
-        found = list(benchmarks[name].tasks)
-    else:
-        try:
-            found = [mteb.get_task(name)]
-        except KeyError:
-            known = [task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"])]
-            known += [*benchmarks, *STDLIB]
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = (
-                f"did you mean {' or '.join(close)}?" if close else "name a folder, an mteb task or an mteb benchmark"
-            )
-            raise RecipeError(f"suite {name}: no folder and no mteb task or benchmark of this name; {hint}") from None
-    tasks = [part for task in found for part in (task.tasks if isinstance(task, AbsTaskAggregate) else [task])]
-    others = [
-        t.metadata.name for t in tasks if not isinstance(t, AbsTaskRetrieval) or t.metadata.modalities != ["text"]
+    groups = find_groups(name, SUITES.get(name))
+    single = sum(len(tasks) for _, tasks in groups) == 1
+    found = [
+        (group, member, part, mirror and mirror_of(mirror, part, single))
+        for group, tasks in groups
+        for member, parts in tasks
+        for part in parts
     ]
-    if others:
-        raise RecipeError(f"suite {name}: {', '.join(others)}: no text retrieval; name the retrieval tasks one by one")
-    return tasks
+
+    def load() -> Iterator[Task | MtebTask]:
+        for group, member, part, folder in found:
+            for task in load_task(part, folder):
+                if isinstance(task, Task):
+                    task = task._replace(main_score=group.main_score or task.main_score, reported=group.reported)
+                yield task._replace(group=group.name, member=member)
+
+    return load()
 
 
-def _load_mteb_task(task: Any) -> Iterator[Task]:
-    """One collection for each subset and evaluation split of an mteb task."""
-    from huggingface_hub.utils import logging
+def data_state(suites: list[str]) -> dict[str, Any]:
+    """Suite -> names, sizes and times of the files of its folder: scores of other data are then told apart.
 
-    info = task.metadata
-    logging.set_verbosity_error()  # it retries for 20 s and logs each try; the error below says it once
-    try:
-        task.load_data()
-    except OSError as error:  # what the hub's clients raise without network, for gated and for missing data
-        reason = str(error).splitlines()[0]
-        raise RecipeError(
-            f"suite {info.name}: {info.dataset['path']} cannot be loaded ({reason}); give a folder"
-        ) from error
-    task.convert_v1_dataset_format_to_v2(num_proc=None)
-    for subset in task.hf_subsets:
-        for split in task.eval_splits:
-            data = task.dataset[subset][split]
-            texts = {row["id"]: _query_text(info.name, row) for row in data["queries"]}
-            qrels = {query: dict(data["relevant_docs"][query]) for query in texts if data["relevant_docs"].get(query)}
-            documents = {row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]}
-            name = ":".join(
-                [
-                    info.name,
-                    *([subset] if len(task.hf_subsets) > 1 else []),
-                    *([split] if len(task.eval_splits) > 1 else []),
-                ]
-            )
-            yield Task(
-                Collection(name, documents, {query: texts[query] for query in qrels}, qrels),
-                task_name=info.name,
-                subset=subset,
-                split=split,
-                revision=info.dataset["revision"],
-                languages=info.hf_subsets_to_langscripts[subset],
-                main_score=info.main_score,
-                ignore_identical_ids=task.ignore_identical_ids,
-                candidates=data["top_ranked"],
-            )
-    task.unload_data()
-
-
-def _query_text(task: str, row: dict[str, Any]) -> str:
-    if not isinstance(row["text"], str):
-        raise RecipeError(f"suite {task}: its queries are conversations, which are not read here")
-    return f"{row['text']} {row['instruction']}" if row.get("instruction") else row["text"]
+    mteb's tasks from the hub are pinned to a revision, the embedded corpus to the Python version.
+    """
+    state = {}
+    for suite in suites:
+        place = suite.partition("=")[2] or suite.removeprefix("quick:")
+        folder = next((Path(p).expanduser() for p in (place, place.rpartition(":")[0]) if p and is_folder(p)), None)
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+        found = [(str(path.relative_to(folder)), path.stat()) for path in files] if folder else []
+        state[suite] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+    return state

@@ -21,6 +21,7 @@ from launcher.starts import (
     start_folder,
     start_label,
     start_scores,
+    with_suites,
 )
 from toolkit.collectives import on_rank_zero, world_size
 from toolkit.files import replace_text
@@ -41,6 +42,7 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     device = start_distributed()
     on_rank_zero(lambda: check_ahead(recipe, world_size()))
     on_rank_zero(lambda: open_run(recipe, run))
+    recipe = with_suites(recipe)
     if only:
         on_rank_zero(lambda: check_order(recipe, only, run))
     with mendable("BM25"):
@@ -168,7 +170,7 @@ def _first_difference(old: object, new: object, path: str = "") -> str:
 
 def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
     """Evaluate a stage's export as a user would load it; scores go to TensorBoard and the model card."""
-    from eval.run import evaluate
+    from eval.evaluate import evaluate
     from toolkit.export import load_export
     from toolkit.model_card import add_scores
     from toolkit.training.loop import stage_folder
@@ -179,7 +181,7 @@ def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device)
         return {}
     retriever = on_every_rank(lambda: load_export(folder / "export", device))
     step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
-    scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, step=step)
+    scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, step=step, changes=stage.eval)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
     on_rank_zero(lambda: add_scores(folder / "export", scores, start_scores(recipe, origin(recipe, index), run)))
     return scores

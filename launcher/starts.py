@@ -12,7 +12,7 @@ import torch
 from toolkit.collectives import on_rank_zero
 from toolkit.files import replace_text
 from toolkit.prepare import ModelSource, on_every_rank
-from toolkit.recipe import BuildStart, Recipe, Stage
+from toolkit.recipe import BuildStart, EvalSettings, Recipe, Stage
 
 
 def origin(recipe: Recipe, index: int) -> int | None:
@@ -29,7 +29,11 @@ def origin(recipe: Recipe, index: int) -> int | None:
 def _identity(stage: Stage) -> dict[str, Any]:
     """All of a recipe that the scores of a stage's start depend on; a build's tokenizer comes from the stage's data."""
     keys = {"start", "encoder", "precision"} | ({"data"} if isinstance(stage.start, BuildStart) else set())
-    return stage.model_dump(mode="json", include=keys)
+    return stage.model_dump(mode="json", include=keys) | {"eval": _changes(stage)}
+
+
+def _changes(stage: Stage) -> dict[str, Any]:
+    return stage.eval.model_dump(mode="json", include=set(EvalSettings.model_fields))
 
 
 def start_label(recipe: Recipe, first: int) -> str:
@@ -52,7 +56,27 @@ def start_scores(recipe: Recipe, first: int | None, run: Path) -> dict[str, dict
 
 
 def _is_of(record: dict[str, Any], recipe: Recipe, first: int) -> bool:
-    return record.get("of") == _identity(recipe.stages[first]) and record["suites"] == _suites(recipe, first)
+    return record.get("of") == _identity(recipe.stages[first]) and _is_on(record, _suites(recipe, first))
+
+
+def _is_on(record: dict[str, Any], suites: list[str]) -> bool:
+    """Whether the scores of a record are those of these suites, with the data they have now."""
+    from eval.suites import data_state
+
+    return record["suites"] == suites and record.get("data") == data_state(suites)
+
+
+def with_suites(recipe: Recipe) -> Recipe:
+    """A recipe with `quick` and `stage` written out: they mean every folder that one of its stages names, too."""
+    from eval.suites import expand
+
+    named = [suite for stage in recipe.stages for suite in stage.eval.suites]
+    suites = on_rank_zero(lambda: [expand(stage.eval.suites, named) for stage in recipe.stages])
+    stages = [
+        stage.model_copy(update={"eval": stage.eval.model_copy(update={"suites": own})})
+        for stage, own in zip(recipe.stages, suites, strict=True)
+    ]
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _suites(recipe: Recipe, first: int | None = None) -> list[str]:
@@ -68,23 +92,28 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def bm25_is_scored(recipe: Recipe, run: Path) -> bool:
     """Whether <run>/bm25 has the scores of BM25 on every suite of the recipe, and there is one."""
-    suites = _suites(recipe)
-    return bool(suites) and _record(run / "bm25") == {"suites": suites}
+    suites, record = _suites(recipe), _record(run / "bm25")
+    of = recipe.stages[0].eval.identical_ids  # the same in all
+    return bool(suites) and record is not None and record.get("of") == of and _is_on(record, suites)
 
 
 def score_bm25(recipe: Recipe, run: Path) -> None:
     """Evaluate BM25 on every suite of the recipe, unless that is done."""
-    from eval.run import evaluate_bm25
+    from eval.evaluate import evaluate_bm25
+    from eval.suites import data_state
 
     suites = _suites(recipe)
     if suites and not on_rank_zero(lambda: bm25_is_scored(recipe, run)):
-        evaluate_bm25(suites, run / "bm25" / "eval")
-        on_rank_zero(lambda: _finish(run / "bm25", {"suites": suites}))
+        changes = recipe.stages[0].eval
+        record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": changes.identical_ids}
+        evaluate_bm25(suites, run / "bm25" / "eval", changes)
+        on_rank_zero(lambda: _finish(run / "bm25", record))
 
 
 def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) -> None:
     """Evaluate a start on the suites of the stages that go back to it, unless that is done."""
-    from eval.run import evaluate
+    from eval.evaluate import evaluate
+    from eval.suites import data_state
     from toolkit.embed import load_retriever
     from toolkit.models.backbone import DTYPES
     from toolkit.training.loop import stage_folder, stage_sources
@@ -105,12 +134,11 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
         lambda: load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
     )
     step = sum(earlier.optim.steps for earlier in recipe.stages[:first])
+    record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": _identity(stage)}
     label = start_label(recipe, first)
-    scores = evaluate(retriever, suites, folder / "eval", label=label, step=step, may_collapse=True)
+    scores = evaluate(retriever, suites, folder / "eval", label=label, step=step, changes=stage.eval, may_collapse=True)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
-    on_rank_zero(
-        lambda: _finish(folder, {"suites": suites, "scores": scores, "of": _identity(stage), "model": _state(source)})
-    )
+    on_rank_zero(lambda: _finish(folder, record | {"scores": scores, "model": _state(source)}))
 
 
 def _state(source: ModelSource) -> list[Any]:

@@ -10,7 +10,7 @@ from retrievers import ragged_texts, tiny_retriever
 from tiny import save_model
 from tiny_retriever import CASES, TEXTS, make
 
-from eval.run import evaluate
+from eval.evaluate import evaluate
 from toolkit import embed
 from toolkit.data.tokens import Tokens, pad, tokenize
 from toolkit.embed import checkpoint_digest, embed_texts, encode, load_retriever

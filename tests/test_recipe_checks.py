@@ -28,6 +28,7 @@ NOT_DEALT = "only documents whose passages are dealt (interleave) have neighbour
 Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
 KEYS_OF_A_STEP = "is no multiple of the 32 keys of a step (views x pool x pools_per_step)"
 NVME_STAGE = 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
+MAX_TOKENS = TINY["stages"][0]["start"]["build"]["max_tokens"]
 CROSS = {
     "stage name twice": (
         [("stages.1.name", "language_model")],
@@ -48,6 +49,14 @@ CROSS = {
     "no language model before": (
         [("stages.0", copy.deepcopy(TINY["stages"][1]) | {"start": {"hub": "a/b"}, "name": "first"})],
         [f"stages.0.objective.language_model.start: {NO_LM_BEFORE}", f"{LM_START}: {NO_LM_BEFORE}"],
+    ),
+    "other ids than BM25's": (
+        [("stages.1.eval.identical_ids", "drop")],
+        ["stages.1.eval.identical_ids: differs from the first stage's, with which BM25 is scored; make them equal"],
+    ),
+    "evaluated longer than built": (
+        [("stages.0.eval.max_tokens", 100_000)],
+        [f"stages.0.eval.max_tokens: 100000 is above the built model's max_tokens {MAX_TOKENS}; lower it"],
     ),
     "heads": (
         [(f"{BUILD}.heads", 5)],

@@ -97,10 +97,15 @@ class Lora(Section):
     )
 
 
+Pooling = Literal["eos", "mean", "cls"]
+
+
 class EncoderSettings(Section):
     """How a text becomes one vector; travels with the export."""
 
-    pooling: Literal["eos", "mean"] = Field(description="eos: state of the last token; mean: mean over real tokens.")
+    pooling: Pooling = Field(
+        description="eos: state of the last token; mean: mean over real tokens; cls: state of the first token."
+    )
     normalize: bool = Field(description="Scale vectors to unit length.")
     append_eos: bool = Field(description="End each text with the tokenizer's end token.")
     query_prefix: str = Field(description="Put before every query, spaces included.")
@@ -487,10 +492,32 @@ class Save(Section):
     keep: Positive = Field(description="Newest checkpoints kept.")
 
 
-class Eval(Section):
+class EvalSettings(Section):
+    """How a retriever is evaluated where that differs from how it was trained; written into every result."""
+
+    query_prefix: str | None = Field(None, description="Instead of encoder.query_prefix, spaces included.")
+    passage_prefix: str | None = Field(None, description="Instead of encoder.passage_prefix, spaces included.")
+    max_tokens: Annotated[int, Field(ge=2)] | None = Field(None, description="Instead of encoder.eval_max_tokens.")
+    pooling: Pooling | None = Field(
+        None, description="Instead of encoder.pooling; eos ends each text with the end token."
+    )
+    normalize: bool | None = Field(
+        None, description="Instead of encoder.normalize; false: dot products of the vectors as they are."
+    )
+    prompts: dict[Text, str] = Field(
+        {}, description="Name or type of an mteb task (e.g. Clustering) -> prefix of all its texts, on both sides."
+    )
+    identical_ids: Literal["task", "keep", "drop"] = Field(
+        "task",
+        description="Documents whose id equals the query's: kept or dropped as mteb's task says (folders: kept), or "
+        "always.",
+    )
+
+
+class Eval(EvalSettings):
     suites: list[Text] = Field(
-        description="Scored after the stage: stdlib:dev, stdlib:test, a folder in BEIR layout (FOLDER or FOLDER:split) "
-        "or an mteb task or benchmark."
+        description="Scored after the stage: quick, stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, a "
+        "folder (FOLDER, FOLDER:split, quick:FOLDER), an mteb task or benchmark, or NAME=FOLDER, its copy on disk."
     )
 
 

@@ -57,6 +57,11 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{at}.lora", "language_model trains all parameters; set lora to null"
         if stage.optim.warmup_steps > stage.optim.steps:
             yield f"{at}.optim.warmup_steps", f"is above steps ({stage.optim.steps}); lower it"
+        if stage.eval.identical_ids != recipe.stages[0].eval.identical_ids:
+            yield (
+                f"{at}.eval.identical_ids",
+                "differs from the first stage's, with which BM25 is scored; make them equal",
+            )
         for number, suite in enumerate(stage.eval.suites):
             if suite.startswith("stdlib") and suite not in ("stdlib:dev", "stdlib:test"):
                 yield f"{at}.eval.suites.{number}", f"{suite!r} is unknown; write stdlib:dev or stdlib:test"
@@ -101,6 +106,8 @@ def _check_lengths(at: str, stage: Stage, upto: list[Stage]) -> Iterator[tuple[s
         return
     objective, limit = stage.objective, origin.build.max_tokens
     lengths = {"encoder.max_tokens": stage.encoder.max_tokens, "encoder.eval_max_tokens": stage.encoder.eval_max_tokens}
+    if stage.eval.max_tokens is not None:
+        lengths["eval.max_tokens"] = stage.eval.max_tokens
     if isinstance(objective, LanguageModelObjective):
         lengths["objective.max_tokens"] = objective.max_tokens
     elif isinstance(objective, RevelaObjective) and objective.language_model.start == "previous":

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from toolkit.data.tokens import ends_with_eos
 from toolkit.recipe import EncoderSettings
 
+POOLING_MODES = {"eos": "lasttoken", "mean": "mean", "cls": "cls"}  # our names and those of sentence-transformers
+
 
 def write_layout(
     folder: Path, settings: EncoderSettings, tokenizer: Any, hidden_size: int, options: dict[str, Any]
@@ -33,7 +35,7 @@ def write_layout(
         folder / "1_Pooling" / "config.json",
         {
             "embedding_dimension": hidden_size,
-            "pooling_mode": {"eos": "lasttoken", "mean": "mean"}[settings.pooling],
+            "pooling_mode": POOLING_MODES[settings.pooling],
             "include_prompt": True,
         },
     )

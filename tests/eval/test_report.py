@@ -8,8 +8,8 @@ import pytest
 from beir import write_beir
 from retrievers import tiny_retriever
 
+from eval.evaluate import evaluate, evaluate_bm25
 from eval.report import ReportRow, plot_curves, write_report
-from eval.run import evaluate, evaluate_bm25
 from eval.significance import compare
 
 EXPECTATION = "At this size stage 0 learns to spell and stage 1 gains little."

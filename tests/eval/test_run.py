@@ -11,8 +11,9 @@ from beir import write_beir
 from distributed import rank_environment, run_on_ranks
 from retrievers import tiny_retriever
 
-from eval import run
-from eval.run import evaluate, evaluate_bm25, main
+from eval import evaluate as evaluation
+from eval.evaluate import evaluate, evaluate_bm25
+from eval.run import main
 from eval.suites import load_suite
 from toolkit.recipe import RecipeError
 
@@ -32,7 +33,11 @@ def test_what_is_written(folder: Path, tmp_path: Path):
     assert (metrics["label"], metrics["step"]) == ("tiny", 7)
     assert metrics["system"]["settings"] == tiny_retriever().settings.model_dump()
     assert metrics["system"]["dtype"] == "float32"
-    assert list(scores) == ["small:test", "small:dev"] == list(metrics["collections"])
+    assert list(scores) == ["small:test", "small:dev", "local"]
+    assert list(metrics["collections"]) == ["small:test", "small:dev"]
+    for key, mean in metrics["groups"]["local"].items():
+        both = [row["ndcg_at_10" if key == "main_score" else key] for row in metrics["collections"].values()]
+        assert scores["local"][key] == mean == pytest.approx(np.mean(both), abs=1e-12)
     for name, row in metrics["collections"].items():
         assert list(scores[name]) == ["ndcg_at_10", "recall_at_100", "mrr_at_10"]
         for key, mean in scores[name].items():
@@ -79,8 +84,8 @@ def test_two_folders_of_one_name(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("system", ["dense", "bm25"])
-def test_candidates_and_identical_ids(system: str, folder: Path, tmp_path: Path, monkeypatch):
-    """Of a query's candidates only those count; a document with the query's id can be left out."""
+def test_candidates(system: str, folder: Path, tmp_path: Path, monkeypatch):
+    """Of a query's candidates only those count; ids shared by queries and documents mean nothing by themselves."""
     (task,) = load_suite(str(folder))
     wanted = {
         query: [f"d{i}", f"d{i + 20}"] for query, i in ((query, int(query[1:])) for query in task.collection.queries)
@@ -93,11 +98,10 @@ def test_candidates_and_identical_ids(system: str, folder: Path, tmp_path: Path,
         "all": task,
         "candidates": task._replace(candidates=wanted),
         "kept": task._replace(collection=renamed),
-        "dropped": task._replace(collection=renamed, ignore_identical_ids=True),
     }
     found = {}
     for name, variant in variants.items():
-        monkeypatch.setattr(run, "load_suite", lambda suite, variant=variant: [variant])
+        monkeypatch.setattr(evaluation, "load_suite", lambda suite, variant=variant: [variant])
         if system == "dense":
             found[name] = evaluate(tiny_retriever(), ["x"], tmp_path / name, label="", step=None)["small:test"]
         else:
@@ -106,17 +110,16 @@ def test_candidates_and_identical_ids(system: str, folder: Path, tmp_path: Path,
         assert found["candidates"]["recall_at_100"] == found["candidates"]["mrr_at_10"] == 1.0
     assert found["candidates"]["ndcg_at_10"] > found["all"]["ndcg_at_10"]
     assert found["kept"] == found["all"]
-    assert found["dropped"]["recall_at_100"] < found["kept"]["recall_at_100"]
 
 
 def test_a_main_score_of_its_own_is_reported(folder: Path, tmp_path: Path, monkeypatch):
     (task,) = load_suite(str(folder))
-    monkeypatch.setattr(run, "load_suite", lambda suite: [task._replace(main_score="recall_at_1")])
+    monkeypatch.setattr(evaluation, "load_suite", lambda suite: [task._replace(main_score="recall_at_1")])
     assert "recall_at_1" in evaluate_bm25(["x"], tmp_path / "out")["small:test"]
     written = json.loads((tmp_path / "out" / "small_test.json").read_text())["scores"]["test"][0]
     assert written["main_score"] == written["recall_at_1"]
-    monkeypatch.setattr(run, "load_suite", lambda suite: [task._replace(main_score="other")])
-    with pytest.raises(RecipeError, match="main score other is not computed"):
+    monkeypatch.setattr(evaluation, "load_suite", lambda suite: [task._replace(main_score="other")])
+    with pytest.raises(RecipeError, match="its score other is not computed"):
         evaluate_bm25(["x"], tmp_path / "out")
 
 

@@ -1,20 +1,20 @@
 """The metrics against hand calculation, and against mteb's own figures on a local task with the same vectors."""
 
 import math
+from typing import Any
 
 import mteb
 import numpy as np
 import pytest
 from beir import write_beir
-from datasets import Dataset
-from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb_local import PlainEncoder, retrieval
 from retrievers import tiny_retriever
 
-from eval.run import evaluate
+from eval import evaluate as evaluation
+from eval.evaluate import evaluate, evaluate_bm25
 from eval.scores import as_run, per_query_scores
 from eval.suites import load_suite
+from eval.tasks import Task
 from toolkit.embed import embed_texts
 
 
@@ -48,51 +48,19 @@ def test_places_without_a_document_are_left_out():
     assert run == {"q": {"b": 2.0}}
 
 
-class Vectors:
-    """Our vectors behind mteb's encoder protocol."""
-
-    def __init__(self, retriever) -> None:
-        self.retriever = retriever
-        name = {"name": "test/vectors", "revision": "1", "similarity_fn_name": ScoringFunction.COSINE}
-        self.mteb_model_meta = ModelMeta.create_empty(name | {"modalities": ["text"]})
-
-    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-        texts = [text for batch in inputs for text in batch["text"]]
-        return embed_texts(self.retriever, texts, "query" if prompt_type == "query" else "passage")
-
-    def similarity(self, a, b):
-        return a @ b.T
-
-    def similarity_pairwise(self, a, b):
-        return (a * b).sum(1)
-
-
-class LocalTask(AbsTaskRetrieval):
-    metadata = TaskMetadata(
-        name="LocalTask", description="", type="Retrieval", category="t2t", dataset={"path": "local", "revision": "1"},
-        eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10",
-    )  # fmt: skip
-
-
-def test_scores_equal_those_of_mteb(tmp_path):
+@pytest.mark.parametrize("reranked", [False, True])
+def test_scores_equal_those_of_mteb(reranked: bool, tmp_path, monkeypatch):
+    """Of all documents, or (as in reranking) of some for each query."""
     (task,) = load_suite(str(write_beir(tmp_path / "small")))
-    local = LocalTask()
-    local.dataset = {
-        "default": {
-            "test": {
-                "corpus": Dataset.from_list(
-                    [{"id": i, "text": t, "title": ""} for i, t in task.collection.documents.items()]
-                ),
-                "queries": Dataset.from_list([{"id": i, "text": t} for i, t in task.collection.queries.items()]),
-                "relevant_docs": task.collection.qrels,
-                "top_ranked": None,
-            }
-        }
-    }
-    local.data_loaded = True
+    assert isinstance(task, Task)
+    few = {q: [f"d{i}" for i in range(int(q[1:]), 60, 5)] for q in task.collection.queries} if reranked else None
+    task = task._replace(candidates=few)
+    monkeypatch.setattr(evaluation, "load_suite", lambda name: [task])
     retriever = tiny_retriever()
-    theirs = mteb.evaluate(Vectors(retriever), local, cache=None, co2_tracker=False, show_progress_bar=False)
-    ours = evaluate(retriever, [str(tmp_path / "small")], tmp_path / "eval", label="tiny", step=None)["small:test"]
+    encoder: Any = PlainEncoder(lambda texts, kind: embed_texts(retriever, texts, kind))
+    local = retrieval(task.collection, few)
+    theirs = mteb.evaluate(encoder, local, cache=None, co2_tracker=False, show_progress_bar=False)
+    ours = evaluate(retriever, ["x"], tmp_path / "eval", label="tiny", step=None)["small:test"]
     expected = theirs.task_results[0].scores["test"][0]
     assert 0.05 < expected["ndcg_at_10"] < 0.95
     written = mteb.TaskResult.from_disk(tmp_path / "eval" / "small_test.json")
@@ -102,3 +70,21 @@ def test_scores_equal_those_of_mteb(tmp_path):
         assert written.scores["test"][0][key] == pytest.approx(expected[key], abs=1.1e-5), key
     assert written.get_score() == pytest.approx(ours["ndcg_at_10"], abs=1e-5)
     assert set(written.scores["test"][0]) <= set(expected)
+
+
+def test_msmarco_by_its_usual_scores(tmp_path):
+    for name in ("MSMARCO", "TRECDL2019", "TRECDL2020"):
+        write_beir(tmp_path / "mirror" / name)
+    found = evaluate_bm25([f"msmarco={tmp_path / 'mirror'}"], tmp_path / "out")
+    usual = ["ndcg_at_10", "recall_at_100", "mrr_at_10"]
+    assert {name: list(scores) for name, scores in found.items()} == {
+        "MSMARCO": [*usual, "recall_at_50", "recall_at_1000"], "TRECDL2019": usual, "TRECDL2020": usual
+    }  # fmt: skip
+    written = mteb.TaskResult.from_disk(tmp_path / "out" / "MSMARCO.json").scores["dev"][0]
+    assert written["main_score"] == written["mrr_at_10"] == pytest.approx(found["MSMARCO"]["mrr_at_10"], abs=1e-5)
+
+
+def test_recall_at_50_by_hand():
+    run = {"q": {f"d{i:02}": -float(i) for i in range(60)}}
+    scores = per_query_scores(run, {"q": {"d09": 1, "d49": 1, "d50": 1, "d99": 1}})
+    assert [scores[f"recall_at_{k}"][0] for k in (20, 50, 100)] == [0.25, 0.5, 0.75]

@@ -9,7 +9,7 @@ from beir import write_beir
 from recipe_changes import RECIPES
 from test_errors import one_stage, start
 
-import eval.run
+import eval.evaluate
 from launcher.starts import origin, start_label
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.training import loop
@@ -68,7 +68,7 @@ def two_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
 def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, monkeypatch) -> None:
     """Also if the run is interrupted in the last stage: the starts and BM25 are not evaluated again."""
     evaluated: list[str] = []
-    dense, lexical, train = eval.run.evaluate, eval.run.evaluate_bm25, loop.train_stage
+    dense, lexical, train = eval.evaluate.evaluate, eval.evaluate.evaluate_bm25, loop.train_stage
 
     def evaluate(*arguments: Any, label: str, step: int, **settings: Any) -> Any:
         evaluated.append(f"{label} at {step}")
@@ -83,8 +83,8 @@ def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, mo
             raise ValueError("interrupted")
         return train(recipe, index, *more)
 
-    monkeypatch.setattr(eval.run, "evaluate", evaluate)
-    monkeypatch.setattr(eval.run, "evaluate_bm25", evaluate_bm25)
+    monkeypatch.setattr(eval.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(eval.evaluate, "evaluate_bm25", evaluate_bm25)
     monkeypatch.setattr(loop, "train_stage", interrupted)
     assert start(tmp_path, two_builds, monkeypatch) == 2
     assert evaluated == ["BM25", "untrained at 0", "language_model at 1", "again at 2", "untrained (stage 2) at 2"]
@@ -121,6 +121,36 @@ def test_a_start_is_evaluated_again_only_if_it_changed(two_builds, tmp_path, mon
     assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns == written
     two_builds["stages"][0]["start"]["build"]["hidden_size"] = 64
     assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns > written
+
+
+def test_no_score_is_kept_once_the_collection_changed(two_builds, tmp_path, monkeypatch) -> None:
+    """Neither the start's nor BM25's; the suites `quick` and `stage` stand for the folder that the recipe names."""
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("not now")
+
+    monkeypatch.setattr(loop, "train_stage", fail)
+    (folder,) = two_builds["stages"][0]["eval"]["suites"]
+    two_builds["stages"] = [two_builds["stages"][0], two_builds["stages"][1]]
+    two_builds["stages"][0]["eval"] = {"suites": ["quick"], "normalize": False}
+    two_builds["stages"][1]["eval"] = {"suites": [folder], "normalize": False}
+    scores = []
+    for text in ("", "", "\n"):
+        qrels = Path(folder) / "qrels" / "test.tsv"
+        if text:  # the same ids, other grades
+            qrels.write_text(qrels.read_text().replace("\t2\n", "\t0\n"))
+        assert start(tmp_path, two_builds, monkeypatch) == 2
+        found = [
+            json.loads((tmp_path / "run" / name / "eval" / "metrics.json").read_text()) for name in ("bm25", "start")
+        ]
+        assert [list(metrics["collections"]) for metrics in found] == [["quick:small:test", "small:test"]] * 2
+        assert found[1]["system"]["settings"]["normalize"] is False
+        times = [(tmp_path / "run" / name / "done.json").stat().st_mtime_ns for name in ("bm25", "start")]
+        scores.append((times, [metrics["collections"]["small:test"]["recall_at_100"] for metrics in found]))
+    assert scores[0] == scores[1]
+    for before, after in zip(*(scores[run][0] for run in (1, 2)), strict=True):
+        assert before < after
+    assert scores[1][1][0] != scores[2][1][0]
 
 
 def test_the_scores_of_a_start_whose_data_changed_are_made_again(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from retrievers import tiny_retriever
 
-from eval.run import evaluate, evaluate_bm25
+from eval.evaluate import evaluate, evaluate_bm25
 from toolkit.last_words import end
 
 torch.set_num_threads(1)

@@ -7,8 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from reported import report
 
-from eval import run
-from eval.suites import Task
+from eval import evaluate as evaluation
+from eval.tasks import Task
 
 
 def works(request: Any) -> list[Callable[[], Any]]:
@@ -20,13 +20,13 @@ def works(request: Any) -> list[Callable[[], Any]]:
         return read(name)
 
     def evaluate(suite: str) -> dict[str, dict[str, float]]:
-        return run.evaluate_bm25([suite], Path(request["output"]))
+        return evaluation.evaluate_bm25([suite], Path(request["output"]))
 
     def evaluate_unreadable() -> dict[str, dict[str, float]]:
-        run.load_suite = unreadable
+        evaluation.load_suite = unreadable
         return evaluate(request["whole"])
 
-    read = run.load_suite
+    read = evaluation.load_suite
     return [
         lambda: evaluate(request["damaged"] if last else request["whole"]),
         evaluate_unreadable,

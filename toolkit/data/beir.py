@@ -5,8 +5,9 @@ Called by the readers of training pairs and by evaluation.
 
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from toolkit.data.records import check_encodable
 from toolkit.recipe import RecipeError
@@ -26,9 +27,23 @@ def read_beir_texts(path: Path) -> dict[str, str]:
     """Id -> text of a corpus or of queries, with the title before it where there is one (title + " " + text, as mteb).
 
     Raises:
+        RecipeError: as `beir_rows`.
+    """
+    return {row_id: titled(row) for row_id, row, _ in beir_rows(path)}
+
+
+def titled(row: Mapping[str, Any]) -> str:
+    """A document's text with its title before it where there is one."""
+    return f"{row.get('title') or ''} {row['text']}".strip()
+
+
+def beir_rows(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(id, row with text and perhaps title, "file: line N") of each line of a corpus or of queries.
+
+    Raises:
         RecipeError: for a malformed line or an id met before (file, line, fix) and for an empty file.
     """
-    texts: dict[str, str] = {}
+    met: set[str] = set()
     for number, line in _lines(path):
         at = f"{path}: line {number}"
         try:
@@ -41,13 +56,13 @@ def read_beir_texts(path: Path) -> dict[str, str]:
         if not isinstance(title, str):
             raise RecipeError(f"{at}: title is no text; write a string or leave it out")
         row_id = str(row["_id"])
-        if row_id in texts:
+        if row_id in met:
             raise RecipeError(f"{at}: _id {row_id!r} stands in an earlier line too; ids must differ")
-        texts[row_id] = f"{title} {row['text']}".strip()
-        check_encodable(texts[row_id], "text", at)
-    if not texts:
+        met.add(row_id)
+        check_encodable(f"{title} {row['text']}", "text", at)
+        yield row_id, row, at
+    if not met:
         raise RecipeError(f"{path}: is empty; write one JSON object a line")
-    return texts
 
 
 def read_judgements(path: Path, queries: Container[str] | None = None) -> dict[str, dict[str, int]]:

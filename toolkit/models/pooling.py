@@ -7,9 +7,11 @@ from torch import Tensor
 def pool(states: Tensor, attention_mask: Tensor, how: str) -> Tensor:
     """[rows, length, dim] and a right-padded mask [rows, length] -> [rows, dim] in fp32 (fp64 for fp64 states).
 
-    how: "eos": state of the last real token; "mean": mean over real tokens, summed in fp32.
+    how: "eos": state of the last real token; "cls": of the first; "mean": mean over real tokens, summed in fp32.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
+    if how == "cls":
+        return states[:, 0].to(dtype)
     if how == "eos":
         last = attention_mask.sum(1) - 1
         return states[torch.arange(len(states), device=states.device), last].to(dtype)

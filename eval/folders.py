@@ -1,0 +1,189 @@
+"""Collections in local folders: BEIR layout, the hub's layout, open question answering; and cutting them to a few.
+
+Called by eval.suites.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.tasks import Task
+from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
+from toolkit.data.records import Collection
+from toolkit.recipe import RecipeError
+
+QUICK_DOCUMENTS = 2_000
+QUICK_SEED = 0  # one cut for all: scores of different runs can be compared
+
+
+def is_folder(name: str) -> bool:
+    """Whether a suite's name is a folder, with or without a split."""
+    folder, colon, _ = name.rpartition(":")
+    return Path(name).expanduser().is_dir() or bool(colon and folder and Path(folder).expanduser().is_dir())
+
+
+def load_folder(name: str) -> Task:
+    """The collection of FOLDER or FOLDER:split, in whichever layout.
+
+    Raises:
+        RecipeError: for an unknown split or a malformed file (with file and line).
+    """
+    path, colon, split = name.rpartition(":")
+    folder, wanted = (Path(name), None) if Path(name).expanduser().is_dir() or not colon else (Path(path), split)
+    folder = folder.expanduser()
+    if is_hub_layout(folder):
+        return _load_hub_layout(folder, wanted)
+    return _load_answers(folder) if not (folder / "qrels").exists() and wanted is None else _load_beir(folder, wanted)
+
+
+def local_task(collection: Collection, task_name: str, split: str, code: bool = False) -> Task:
+    """A collection of one's own; queries without judgements are left out, its revision is a digest of its content."""
+    judged = {query: collection.queries[query] for query in collection.qrels}
+    kept = collection._replace(queries=judged)
+    return Task(kept, task_name, "default", split, content_digest(collection), ["eng-Latn"], code=code)
+
+
+def content_digest(*parts: Mapping[str, Any] | Collection) -> str:
+    """16 hex digits of mappings, fed entry by entry."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, value in part._asdict().items() if isinstance(part, Collection) else part.items():
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            digest.update(json.dumps(name).encode())
+            for key, entry in entries:
+                digest.update(json.dumps([key, entry]).encode())
+    return digest.hexdigest()[:16]
+
+
+def files_digest(folder: Path) -> str:
+    """16 hex digits of the names and contents of a folder's files, hidden ones left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as file:
+                digest.update(json.dumps([name.as_posix(), hashlib.file_digest(file, "sha256").hexdigest()]).encode())
+    return digest.hexdigest()[:16]
+
+
+def choose_split(folder: Path, splits: list[str], wanted: str | None) -> str:
+    """The split that is wanted; otherwise test, or the only one."""
+    if wanted is None:
+        wanted = "test" if "test" in splits else splits[0] if len(splits) == 1 else None
+    if wanted not in splits:
+        found = ", ".join(f"{folder}:{s}" for s in splits) or "none (a split is a file qrels/NAME.tsv)"
+        raise RecipeError(f"{folder}: name one of its splits; found {found}")
+    return wanted
+
+
+# --------------------------------------------------------------------------- layouts
+
+
+def _load_beir(folder: Path, wanted: str | None) -> Task:
+    split = choose_split(folder, beir_splits(folder), wanted)
+    documents, queries = read_beir_texts(folder / "corpus.jsonl"), read_beir_texts(folder / "queries.jsonl")
+    path = folder / "qrels" / f"{split}.tsv"
+    qrels = read_judgements(path, queries)
+    if not any(grade > 0 and did in documents for grades in qrels.values() for did, grade in grades.items()):
+        raise RecipeError(f"{path}: no judged document is in corpus.jsonl; their ids must agree")
+    name = folder.resolve().name
+    return local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split)
+
+
+def _load_answers(folder: Path) -> Task:
+    """Questions with `answers` instead of judgements; every question counts."""
+    if not (folder / "queries.jsonl").exists() or not (folder / "corpus.jsonl").exists():
+        beir_splits(folder)  # says what is missing
+    queries: dict[str, str] = {}
+    answers: dict[str, list[str]] = {}
+    for query, row, at in beir_rows(folder / "queries.jsonl"):
+        queries[query], answers[query] = row["text"].strip(), row.get("answers") or []
+        if not isinstance(row.get("answers", []), list) or not all(isinstance(a, str) for a in answers[query]):
+            raise RecipeError(f"{at}: answers is no list of texts; write a list")
+    if not any(answers.values()):
+        beir_splits(folder)  # neither judgements nor answers
+    missing = next((query for query, wanted in answers.items() if not wanted), None)
+    if missing is not None:
+        raise RecipeError(f"{folder}/queries.jsonl: question {missing!r} has no answers; give it some or take it out")
+    documents, starts = {}, []
+    for document, row, _ in beir_rows(folder / "corpus.jsonl"):
+        documents[document] = titled(row)
+        starts.append(len(documents[document]) - len(row["text"].strip()))
+    name = folder.resolve().name
+    collection = Collection(name, documents, queries, {query: {} for query in queries})
+    return local_task(collection, name, "answers")._replace(
+        revision=content_digest(collection, {"answers": answers}),
+        main_score="accuracy_at_20",
+        answers=answers,
+        body_starts=np.array(starts),
+    )
+
+
+def is_hub_layout(folder: Path) -> bool:
+    """Whether a folder holds a dataset as the hub does: its README.md lists configurations."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    head = readme.read_text(encoding="utf-8").split("---")
+    return len(head) > 2 and any(line.startswith("configs:") for line in head[1].splitlines())
+
+
+def _load_hub_layout(folder: Path, wanted: str | None) -> Task:
+    from eval.mteb_tasks import hub_splits, read_hub_layout  # imports mteb, which takes seconds
+
+    split = choose_split(folder, hub_splits(folder), wanted)
+    name = folder.resolve().name
+    return read_hub_layout(folder, f"{name}:{split}", split)
+
+
+# --------------------------------------------------------------------------- a few of them
+
+
+def shrink(task: Task, limit: int = QUICK_DOCUMENTS) -> Task:
+    """At most `limit` documents: the relevant ones of all queries, or of as many as fit, and others, drawn by seed.
+
+    With answers instead of judgements nothing says which are relevant: the documents are drawn.
+    """
+    name, documents, queries, qrels = task.collection
+    kept: set[str] = set()
+    judged: list[str] = []
+    for query in _drawn(list(queries)):
+        relevant = {d for d, grade in qrels[query].items() if grade > 0 and d in documents}
+        if len(kept | relevant) <= limit:
+            kept |= relevant
+            judged.append(query)
+    if not kept and task.answers is None:
+        raise RecipeError(f"quick:{name}: a query has more than {limit:,} relevant documents; name the whole folder")
+    rest = (document for document in _drawn(list(documents)) if document not in kept)
+    kept |= {document for document, _ in zip(rest, range(limit - len(kept)), strict=False)}
+    inside = set(judged)
+    cut = Collection(
+        f"quick:{name}",
+        {document: text for document, text in documents.items() if document in kept},
+        {query: text for query, text in queries.items() if query in inside},
+        {query: grades for query, grades in qrels.items() if query in inside},
+    )
+    return task._replace(
+        collection=cut,
+        task_name=f"quick_{task.task_name}",
+        revision=content_digest(cut, {"answers": task.answers or {}}),
+        body_starts=None
+        if task.body_starts is None
+        else task.body_starts[[document in kept for document in documents]],
+        answers=None if task.answers is None else {query: task.answers[query] for query in cut.queries},
+        candidates=None
+        if task.candidates is None
+        else {query: [d for d in task.candidates[query] if d in kept] for query in cut.queries},
+    )
+
+
+def _drawn(ids: list[str]) -> Iterator[str]:
+    """Ids in an order that depends on nothing but the ids."""
+    ids = sorted(ids)
+    random.Random(QUICK_SEED).shuffle(ids)
+    yield from ids

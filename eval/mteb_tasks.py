@@ -1,0 +1,212 @@
+"""mteb's tasks and benchmarks: which a name means, their data from the hub or from a copy on disk.
+
+Called by eval.suites and eval.folders; importing it imports mteb, which takes seconds.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mteb
+from datasets import disable_progress_bars, get_dataset_config_names, get_dataset_split_names
+from datasets.exceptions import DatasetsError
+from huggingface_hub.utils import logging
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
+
+from eval.folders import choose_split, files_digest, is_hub_layout, local_task
+from eval.scores import K_VALUES, MEASURES
+from eval.suites import STDLIB, SUITES, Group
+from eval.tasks import MtebTask, Task
+from toolkit.collectives import rank
+from toolkit.data.beir import beir_rows, beir_splits, read_judgements, titled
+from toolkit.data.records import Collection
+from toolkit.recipe import RecipeError
+
+disable_progress_bars()  # every rank would print its own
+logging.set_verbosity_error()  # the hub is tried for 20 s and each try logged; the error below says it once
+
+OURS = {f"{measure}_at_{k}" for measure in (*MEASURES, "mrr") for k in K_VALUES}
+OLD_BRIGHT = ("BrightRetrieval", "BrightLongRetrieval")  # a query may find the documents it is to leave out
+
+Members = list[tuple[str, list[Any]]]  # name of a member of a group, its tasks of mteb
+
+
+def find_groups(name: str, known: list[Group] | None) -> list[tuple[Group, Members]]:
+    """The tasks that a suite's name means, by groups of which a mean is reported.
+
+    Groups of a benchmark with several types of task are one for each type, as mteb's tables have them; an aggregated
+    task (CQADupstack) is one member of its group, the mean of its parts, or a group by itself.
+
+    Raises:
+        RecipeError: for an unknown name, and for tasks that need more than text.
+    """
+    if known is not None:
+        found = [(group, [(task, _parts(mteb.get_task(task))) for task in group.tasks]) for group in known]
+    else:
+        found = _benchmark(name) or [_single(name)]
+    parts = [part for _, members in found for _, tasks in members for part in tasks]
+    others = [part.metadata.name for part in parts if part.metadata.modalities != ["text"]]
+    if others:
+        raise RecipeError(f"suite {name}: {', '.join(others)}: not of text alone; name the tasks of text one by one")
+    old = [part.metadata.name for part in parts if part.metadata.name in OLD_BRIGHT]
+    if old and rank() == 0:
+        problem = "lets queries find the documents they are to leave out; suite bright (v1.1) does not"
+        print(f"warning: {old[0]} {problem}", file=sys.stderr, flush=True)
+    return found
+
+
+def _benchmark(name: str) -> list[tuple[Group, Members]]:
+    benchmarks = {label: b for b in mteb.get_benchmarks() for label in (b.name, *b.aliases)}
+    if name not in benchmarks:
+        return []
+    tasks = list(benchmarks[name].tasks)
+    kinds = list(dict.fromkeys(task.metadata.type for task in tasks))
+    groups = []
+    for kind in kinds:
+        own = [task for task in tasks if task.metadata.type == kind]
+        label = name if len(kinds) == 1 else f"{name} {kind}"
+        groups.append((Group(label, ()), [(task.metadata.name, _parts(task)) for task in own]))
+    return groups
+
+
+def _single(name: str) -> tuple[Group, Members]:
+    try:
+        task = mteb.get_task(name)
+    except KeyError:
+        known = [task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"])]
+        known += [label for b in mteb.get_benchmarks() for label in (b.name, *b.aliases)]
+        close = difflib.get_close_matches(name, [*known, *STDLIB, *SUITES, "quick"], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "name a folder, an mteb task or an mteb benchmark"
+        raise RecipeError(f"suite {name}: no folder and no mteb task or benchmark of this name; {hint}") from None
+    if isinstance(task, AbsTaskAggregate):
+        return Group(name, ()), [(part.metadata.name, [part]) for part in _parts(task)]
+    return Group("", ()), [(name, [task])]
+
+
+def _parts(task: Any) -> list[Any]:
+    return list(task.tasks) if isinstance(task, AbsTaskAggregate) else [task]
+
+
+def mirror_of(folder: Path, task: Any, single: bool) -> Path:
+    """Where the data of one of a suite's tasks are: `folder` itself for a single task, or below it.
+
+    Below it under the task's name or the last part of the dataset's on the hub (mteb/scifact: scifact).
+
+    Raises:
+        RecipeError: if neither is there.
+    """
+    info = task.metadata
+    names = (info.name, str(info.dataset["path"]).rsplit("/", 1)[-1])
+    below = [folder / name for name in names if (folder / name).is_dir()]
+    if not below and not single:
+        raise RecipeError(f"{folder}: holds no folder {' or '.join(names)}; put the data of {info.name} there")
+    return below[0] if below else folder
+
+
+# --------------------------------------------------------------------------- data
+
+
+def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
+    """One collection for each subset and split of a retrieval task; any other task as it is, for mteb to score.
+
+    Args:
+        folder: a copy of the task's data, in the hub's layout or (retrieval without subsets) in BEIR layout; None: the
+            hub.
+    """
+    info = task.metadata
+    searched = isinstance(task, AbsTaskRetrieval) and info.main_score in OURS and not task.skip_first_result
+    revision = info.dataset["revision"] if folder is None else f"disk-{files_digest(folder)}"
+    retrieval: Any = task
+    if folder is not None and not is_hub_layout(folder):
+        if not searched or len(task.hf_subsets) > 1:
+            raise RecipeError(f"{folder}: {info.name} is read in the hub's layout; add README.md with its configs")
+        retrieval.dataset = {"default": {split: _beir_data(folder, split) for split in task.eval_splits}}
+        retrieval.data_loaded = True
+    elif folder is not None:
+        task.metadata = info.model_copy(update={"dataset": {**info.dataset, "path": str(folder), "revision": revision}})
+    if not searched:
+        yield MtebTask(task, info.name)
+        return
+    _readable(info.name, task.metadata.dataset["path"], task.load_data)
+    task.convert_v1_dataset_format_to_v2(num_proc=None)
+    for subset in task.hf_subsets:
+        for split in task.eval_splits:
+            data = retrieval.dataset[subset][split]
+            if len(data["queries"]) and not isinstance(data["queries"][0]["text"], str):  # conversations
+                yield MtebTask(task, info.name)
+                return
+            name = ":".join(
+                [
+                    info.name,
+                    *([subset] if len(task.hf_subsets) > 1 else []),
+                    *([split] if len(task.eval_splits) > 1 else []),
+                ]
+            )
+            yield Task(
+                _collection(name, data),
+                task_name=info.name,
+                subset=subset,
+                split=split,
+                revision=revision,
+                languages=info.hf_subsets_to_langscripts[subset],
+                main_score=info.main_score,
+                ignore_identical_ids=task.ignore_identical_ids,
+                candidates=data["top_ranked"],
+                task_type=info.type,
+            )
+    task.unload_data()
+
+
+def read_hub_layout(folder: Path, name: str, split: str) -> Task:
+    """The collection of a folder in the hub's layout, which is no task of mteb."""
+    loader = RetrievalDatasetLoader(str(folder), revision=None, split=split)  # pyright: ignore[reportArgumentType]
+    data: Any = _readable(name, str(folder), loader.load)
+    task = local_task(_collection(name, data), folder.resolve().name, split)
+    return task._replace(candidates=data["top_ranked"])
+
+
+def hub_splits(folder: Path) -> list[str]:
+    """Splits with judgements of a folder in the hub's layout, sorted."""
+    configs = _readable(str(folder), str(folder), lambda: get_dataset_config_names(str(folder)))
+    missing = [name for name in ("corpus", "queries") if name not in configs]
+    qrels = next((name for name in ("default", "qrels") if name in configs), None)
+    if missing or qrels is None:
+        lacks = ", ".join([*missing, *(["default or qrels"] if qrels is None else [])])
+        raise RecipeError(f"{folder}/README.md: its configs lack {lacks}; add them")
+    return sorted(map(str, _readable(str(folder), str(folder), lambda: get_dataset_split_names(str(folder), qrels))))
+
+
+def _readable(name: str, path: str, read: Callable[[], Any]) -> Any:
+    """What the hub's clients raise without network, for gated, missing and malformed data, as one line."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(f"suite {name}: {path} cannot be loaded ({reason}); give a folder") from error
+
+
+def _beir_data(folder: Path, split: str) -> dict[str, Any]:
+    """A folder in BEIR layout as mteb holds a split's data; the only split there is serves for any."""
+    splits = beir_splits(folder)
+    split = choose_split(folder, splits, split if split in splits or len(splits) != 1 else None)
+    rows = {}
+    for part in ("corpus", "queries"):
+        rows[part] = [{"id": i, **row} for i, row, _ in beir_rows(folder / f"{part}.jsonl")]
+    qrels = read_judgements(folder / "qrels" / f"{split}.tsv", {row["id"] for row in rows["queries"]})
+    return {**rows, "relevant_docs": qrels, "top_ranked": None}
+
+
+def _collection(name: str, data: Mapping[str, Any]) -> Collection:
+    """A split's data with texts as mteb gives them to an encoder; queries without judgements are left out."""
+    texts = {row["id"]: _query_text(row) for row in data["queries"]}
+    qrels = {query: dict(data["relevant_docs"][query]) for query in texts if data["relevant_docs"].get(query)}
+    documents = {row["id"]: titled(row) for row in data["corpus"]}
+    return Collection(name, documents, {query: texts[query] for query in qrels}, qrels)
+
+
+def _query_text(row: Mapping[str, Any]) -> str:
+    return f"{row['text']} {row['instruction']}" if row.get("instruction") else row["text"]

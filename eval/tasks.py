@@ -1,0 +1,39 @@
+"""A collection to search and how it is scored; or a task of mteb that mteb scores itself. Called by all of eval."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from toolkit.data.records import Collection
+
+
+class Task(NamedTuple):
+    """A collection and how it is scored."""
+
+    collection: Collection
+    task_name: str
+    subset: str
+    split: str
+    revision: str
+    languages: list[str]
+    main_score: str = "ndcg_at_10"
+    reported: tuple[str, ...] = ()  # scores that are shown besides the usual ones and the main score
+    code: bool = False  # BM25 reads identifiers, not prose
+    ignore_identical_ids: bool = (
+        False  # drop the document whose id equals the query's (mteb: off unless the task says so)
+    )
+    candidates: dict[str, list[str]] | None = None  # query id -> the documents it may find; None: all
+    answers: dict[str, list[str]] | None = None  # query id -> what a passage must hold (open question answering)
+    body_starts: np.ndarray | None = None  # with answers: length of the title before each document's text
+    task_type: str = "Retrieval"
+    group: str = ""  # the mean that it counts in, as (a part of) `member`
+    member: str = ""
+
+
+class MtebTask(NamedTuple):
+    """A task that is not searched here: clustering, classification, similarity and so on."""
+
+    task: Any  # of mteb, its data perhaps not yet loaded
+    name: str
+    group: str = ""
+    member: str = ""

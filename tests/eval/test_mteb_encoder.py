@@ -1,0 +1,78 @@
+"""Tasks that mteb scores itself get mteb's scores, on one rank and on several, with the prefixes that are asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from distributed import run_on_ranks
+from mteb_local import PlainEncoder, others
+from retrievers import tiny_retriever
+
+from eval import evaluate as evaluation
+from eval.evaluate import evaluate, evaluate_bm25
+from eval.tasks import MtebTask
+from toolkit.embed import Retriever, embed_texts
+from toolkit.recipe import EvalSettings
+
+NAMES = ["LocalSTS", "LocalClassification", "LocalClustering", "LocalPairs"]
+
+
+def theirs(retriever: Retriever) -> dict[str, float]:
+    """mteb's own evaluation, all texts as queries."""
+    encoder: Any = PlainEncoder(lambda texts, kind: embed_texts(retriever, texts, "query"))
+    done = mteb.evaluate(encoder, others(), cache=None, co2_tracker=False, show_progress_bar=False)
+    return {found.task_name: found.get_score() for found in done.task_results}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, float]:
+    return theirs(tiny_retriever())
+
+
+@pytest.fixture
+def suite(monkeypatch) -> list[str]:
+    """A name for the four tasks, in one group."""
+    found = [MtebTask(task, task.metadata.name, "kinds", task.metadata.name) for task in others()]
+    monkeypatch.setattr(evaluation, "load_suite", lambda name: found)
+    return ["x"]
+
+
+def test_scores_are_those_of_mteb(expected: dict[str, float], suite: list[str], tmp_path: Path):
+    found = evaluate(tiny_retriever(), suite, tmp_path / "out", label="tiny", step=None)
+    assert {name: next(iter(found[name].values())) for name in NAMES} == pytest.approx(expected, abs=1e-6)
+    assert list(expected) == NAMES and len(set(expected.values())) == 4
+    assert found["kinds"] == {"main_score": pytest.approx(np.mean(list(expected.values())), abs=1e-6)}
+    for name in NAMES:
+        written = mteb.TaskResult.from_disk(tmp_path / "out" / f"{name}.json")
+        assert written.get_score() == pytest.approx(expected[name], abs=1e-6)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["collections"]["LocalSTS"]["main_score"] == "cosine_spearman"
+    assert json.loads((tmp_path / "out" / "per_query.json").read_text()) == {}
+
+
+def test_prompts_by_type_of_task(expected: dict[str, float], suite: list[str], tmp_path: Path):
+    changes = EvalSettings(prompts={"Clustering": "w7 w7 w7 ", "LocalSTS": "w8 w8 w8 "})  # pyright: ignore[reportCallIssue]
+    found = evaluate(tiny_retriever(), suite, tmp_path / "out", label="tiny", step=None, changes=changes)
+    for name, prefix in (("LocalClustering", "w7 w7 w7 "), ("LocalSTS", "w8 w8 w8 ")):
+        wanted = theirs(tiny_retriever(query_prefix=prefix))[name]
+        assert next(iter(found[name].values())) == pytest.approx(wanted, abs=1e-6)
+        assert abs(wanted - expected[name]) > 1e-4
+    assert found["LocalPairs"]["max_ap"] == pytest.approx(expected["LocalPairs"], abs=1e-6)
+
+
+def test_bm25_leaves_them_out(suite: list[str], tmp_path: Path):
+    assert evaluate_bm25(suite, tmp_path / "out") == {}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["skipped"] == NAMES
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_score_as_one_and_fail_together(world_size: int, expected: dict[str, float], tmp_path: Path):
+    answer = run_on_ranks("mteb_ranks.py", world_size, str(tmp_path / "out"), tmp_path, timeout=120)
+    for scores, not_finite, _ in answer:
+        assert {name: next(iter(scores[name].values())) for name in NAMES} == pytest.approx(expected, abs=1e-5)
+        assert not_finite.startswith("ValueError: ") and "not finite" in not_finite
+    assert answer[0][2] == "RecipeError: suite LocalSTS: local cannot be loaded (no network); give a folder"
+    assert [own[2] for own in answer[1:]] == ["RankZeroFailed: "] * (world_size - 1)
