@@ -19,7 +19,7 @@ from eval.mteb_encoder import MtebEncoder
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
 from toolkit.data.records import Collection
-from toolkit.embed import Retriever, embed_texts
+from toolkit.embed import Retriever, embed_texts, encode
 from toolkit.recipe import EvalSettings, RecipeError
 
 
@@ -68,7 +68,7 @@ def test_vectors_that_are_not_finite_are_an_error(kind: str, task: Task, tmp_pat
     tasks = [task] if kind == "search" else [MtebTask(others()[0], "LocalSTS")]
     with pytest.raises(ValueError, match="not finite"):
         scored(monkeypatch, tasks, tmp_path / "out", retriever)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_every_vector_is_that_of_its_text(task: Task, monkeypatch, tmp_path: Path):
@@ -251,12 +251,12 @@ def test_prompts_in_mtebs_metadata_are_not_put_before_texts(tmp_path: Path, monk
     assert mteb.get_task("BrightPonyRetrieval").metadata.prompt  # there is one
     seen: list[tuple[str, str]] = []
 
-    def record(retriever: Retriever, texts: list[str], kind: Any) -> np.ndarray:
-        settings = retriever.settings
-        seen.append((settings.query_prefix if kind == "query" else settings.passage_prefix, texts[0]))
-        return embed_texts(retriever, texts, kind)
+    def record(retriever: Retriever, texts: dict[str, str], kind: Any, *more: Any, **settings: Any) -> Any:
+        prefixes = {"query": retriever.settings.query_prefix, "passage": retriever.settings.passage_prefix}
+        seen.append((prefixes[kind], next(iter(texts.values()))))
+        return encode(retriever, texts, kind, *more, **settings)
 
-    monkeypatch.setattr(evaluation, "embed_texts", record)
+    monkeypatch.setattr(evaluation, "encode", record)
     evaluate(tiny_retriever(), [suite], tmp_path / "out", label="", step=None)
     assert seen == [("w1 ", "w1 w2 w3"), ("w0 ", "w1 w2 w3")]
     seen.clear()
