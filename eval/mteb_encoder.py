@@ -16,7 +16,7 @@ from eval.settings import for_task
 from eval.tasks import MtebTask
 from toolkit.collectives import on_rank_zero, rank
 from toolkit.embed import Retriever, embed_texts
-from toolkit.recipe import EvalSettings, RecipeError
+from toolkit.recipe import EvalSettings
 
 TEXTS_PER_REQUEST = 8192  # they travel as text
 
@@ -74,19 +74,21 @@ def score_by_mteb(
         return embed_texts(for_task(retriever, changes, name, task_type), texts, kind)
 
     def score(embed: Embed) -> dict[str, Any]:
-        import mteb
+        import mteb  # takes seconds to import: only for those who ask for it
+
+        from eval.mteb_tasks import readable
 
         encoder = MtebEncoder(f"local/{label or 'model'}", revision, embed=embed, cosine=retriever.settings.normalize)
         options: Any = {"batch_size": 64, "show_progress_bar": False}
-        _load(task)
+        readable(info.name, info.dataset["path"], task.task.load_data)
         done = mteb.evaluate(
             encoder, task.task, encode_kwargs=options, cache=None, co2_tracker=False, show_progress_bar=False
         )
         return json.loads(done.task_results[0].model_dump_json())
 
-    started = time.perf_counter()
+    info, started = task.task.metadata, time.perf_counter()
     whole = _on_rank_zero_with_all(score, embed)
-    info, seconds = task.task.metadata, time.perf_counter() - started
+    seconds = time.perf_counter() - started
     results = {}
     for split, rows in whole["scores"].items():
         for row in rows:
@@ -94,16 +96,6 @@ def score_by_mteb(
             name = ":".join([task.name, *subset, *([split] if len(whole["scores"]) > 1 else [])])
             results[name] = MtebResult(info.main_score, row, whole, seconds)
     return results
-
-
-def _load(task: MtebTask) -> None:
-    info = task.task.metadata
-    try:
-        task.task.load_data()
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        path = info.dataset["path"]
-        raise RecipeError(f"suite {info.name}: {path} cannot be loaded ({reason}); give a folder") from error
 
 
 def _on_rank_zero_with_all(work: Callable[[Embed], Any], embed: Embed) -> Any:

@@ -131,7 +131,7 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
     if not searched:
         yield MtebTask(task, info.name)
         return
-    _readable(info.name, task.metadata.dataset["path"], task.load_data)
+    readable(info.name, task.metadata.dataset["path"], task.load_data)
     task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset in task.hf_subsets:
         for split in task.eval_splits:
@@ -164,23 +164,23 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
 def read_hub_layout(folder: Path, name: str, split: str) -> Task:
     """The collection of a folder in the hub's layout, which is no task of mteb."""
     loader = RetrievalDatasetLoader(str(folder), revision=None, split=split)  # pyright: ignore[reportArgumentType]
-    data: Any = _readable(name, str(folder), loader.load)
+    data: Any = readable(name, str(folder), loader.load)
     task = local_task(_collection(name, data), folder.resolve().name, split)
     return task._replace(candidates=data["top_ranked"])
 
 
 def hub_splits(folder: Path) -> list[str]:
     """Splits with judgements of a folder in the hub's layout, sorted."""
-    configs = _readable(str(folder), str(folder), lambda: get_dataset_config_names(str(folder)))
+    configs = readable(str(folder), str(folder), lambda: get_dataset_config_names(str(folder)))
     missing = [name for name in ("corpus", "queries") if name not in configs]
     qrels = next((name for name in ("default", "qrels") if name in configs), None)
     if missing or qrels is None:
         lacks = ", ".join([*missing, *(["default or qrels"] if qrels is None else [])])
         raise RecipeError(f"{folder}/README.md: its configs lack {lacks}; add them")
-    return sorted(map(str, _readable(str(folder), str(folder), lambda: get_dataset_split_names(str(folder), qrels))))
+    return sorted(map(str, readable(str(folder), str(folder), lambda: get_dataset_split_names(str(folder), qrels))))
 
 
-def _readable(name: str, path: str, read: Callable[[], Any]) -> Any:
+def readable(name: str, path: str, read: Callable[[], Any]) -> Any:
     """What the hub's clients raise without network, for gated, missing and malformed data, as one line."""
     try:
         return read()

@@ -63,6 +63,29 @@ def test_prompts_by_type_of_task(expected: dict[str, float], suite: list[str], t
     assert found["LocalPairs"]["max_ap"] == pytest.approx(expected["LocalPairs"], abs=1e-6)
 
 
+def test_a_task_of_another_kind_from_its_copy_on_disk(tmp_path: Path, monkeypatch):
+    """In the hub's layout; the score is mteb's on the same folder, and the record has a digest of the data."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "sts"
+    folder.mkdir()
+    rows = [dict(row) for row in others()[0].dataset["default"]["test"]]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = ["configs:", "- config_name: default", "  data_files:", "  - split: test", "    path: test.jsonl"]
+    (folder / "README.md").write_text("\n".join(["---", *configs, "---", ""]))
+    official: Any = mteb.get_task("STSBenchmark")
+    official.metadata = official.metadata.model_copy(update={"dataset": {"path": str(folder), "revision": "1"}})
+    encoder: Any = PlainEncoder(lambda texts, kind: embed_texts(tiny_retriever(), texts, "query"))
+    done = mteb.evaluate(encoder, official, cache=None, co2_tracker=False, show_progress_bar=False)
+    suite = f"STSBenchmark={folder}"
+    found = evaluate(tiny_retriever(), [suite], tmp_path / "out", label="tiny", step=None)["STSBenchmark"]
+    assert found == {"cosine_spearman": pytest.approx(done.task_results[0].get_score(), abs=1e-6)}
+    before = json.loads((tmp_path / "out" / "metrics.json").read_text())["collections"]["STSBenchmark"]["revision"]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row | {"score": i % 5}) + "\n" for i, row in enumerate(rows)))
+    other = evaluate(tiny_retriever(), [suite], tmp_path / "out", label="tiny", step=None)["STSBenchmark"]
+    after = json.loads((tmp_path / "out" / "metrics.json").read_text())["collections"]["STSBenchmark"]["revision"]
+    assert other != found and before != after and before.startswith("disk-")
+
+
 def test_bm25_leaves_them_out(suite: list[str], tmp_path: Path):
     assert evaluate_bm25(suite, tmp_path / "out") == {}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["skipped"] == NAMES
