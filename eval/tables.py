@@ -1,0 +1,46 @@
+"""Tables for people: the same cells as markdown and on the terminal. Called by eval.compare, queries and report."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 80
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int = 1) -> list[str]:
+    """Lines of a table, aligned so that it reads well as plain text too; the first columns are text, the rest numbers.
+
+    Cells may hold any text but line ends; a pipe is escaped.
+    """
+    cells = [tuple(cell.replace("|", "\\|") for cell in row) for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = tuple("-" * width if place < text_columns else "-" * (width - 1) + ":" for place, width in enumerate(widths))
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = [
+            cell.ljust(width) if place < text_columns else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(padded) + " |")
+    return lines
+
+
+def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int = 1) -> None:
+    """The same on the terminal."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place < text_columns else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    wide = console()
+    wide.width = max(
+        wide.width, wide.measure(table).maximum
+    )  # a cell cut short says nothing, a wrapped line still does
+    wide.print(table, markup=False)
+
+
+def console() -> Console:
+    """The terminal; at least so wide that text does not become a column."""
+    found = Console()
+    found.width = max(found.width, WIDTH)
+    return found
