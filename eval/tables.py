@@ -27,7 +27,7 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], text_co
 
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int = 1) -> None:
     """The same on the terminal."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for place, name in enumerate(header):
         table.add_column(name, justify="left" if place < text_columns else "right", no_wrap=True)
     for row in rows:
@@ -36,7 +36,8 @@ def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]
     wide.width = max(
         wide.width, wide.measure(table).maximum
     )  # a cell cut short says nothing, a wrapped line still does
-    wide.print(table, markup=False)
+    wide.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    wide.print(table)
 
 
 def console() -> Console:
