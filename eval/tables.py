@@ -4,7 +4,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 80
+WIDTH = 80  # of text, at least
+UNCUT = 1000  # of tables: a cell cut short says nothing, a line that the terminal wraps does
 
 
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int = 1) -> list[str]:
@@ -33,9 +34,7 @@ def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]
     for row in rows:
         table.add_row(*row)
     wide = console()
-    wide.width = max(
-        wide.width, wide.measure(table).maximum
-    )  # a cell cut short says nothing, a wrapped line still does
+    wide.width = UNCUT
     wide.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     wide.print(table)
 

@@ -53,7 +53,7 @@ def test_the_collections_own_main_score_is_compared(scores, tmp_path: Path):
     for folder in (before, after):
         metrics, per_query = (json.loads((folder / f"{n}.json").read_text()) for n in ("metrics", "per_query"))
         metrics["collections"]["first"] |= {"main_score": "recall_at_1", "recall_at_1": 0.5}
-        per_query["first"]["recall_at_1"] = {query: 0.5 for query in per_query["first"]["ndcg_at_10"]}
+        per_query["first"]["recall_at_1"] = dict.fromkeys(per_query["first"]["ndcg_at_10"], 0.5)
         (folder / "metrics.json").write_text(json.dumps(metrics))
         (folder / "per_query.json").write_text(json.dumps(per_query))
     first, second, _ = compare_systems(read_system(before, "b"), read_system(after, "a"))

@@ -98,4 +98,3 @@ def test_first_words():
     assert first_words("one two three four", 12) == "one two…"
     assert first_words("x" * 30, 12) == "x" * 11 + "…"
     assert first_words("ab " + "x" * 30, 12) == "ab xxxxxxxx…"
-

@@ -103,7 +103,13 @@ def test_recontriever(queue: bool, folders) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"objective__detach_kv": True}, {"objective__dual_loss": True}, SLICES, SLICES | {"objective__dual_loss": True}],
+    [
+        {},
+        {"objective__detach_kv": True},
+        {"objective__dual_loss": True},
+        SLICES,
+        SLICES | {"objective__dual_loss": True},
+    ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
 def test_revela(changes: dict[str, Any], folders) -> None:
