@@ -75,7 +75,8 @@ def plot_scores(panels: list[Panel], path: Path) -> None:
         place.set_xticks(range(len(panel.points)), [p.label for p in panel.points], rotation=35, ha="right")
         place.set_xlim(-0.5, len(panel.points) - 0.5)
         place.set_ylim(bottom=0)
-        place.set(title=panel.title, ylabel=f"{panel.score}, 95 % interval")
+        place.set_title(panel.title, fontsize="medium")
+        place.set(ylabel=f"{panel.score}, 95 % interval")
         if base is not None:
             place.legend(loc="best", fontsize="x-small", framealpha=0.8)
     _save(figure, path)
@@ -100,6 +101,7 @@ def plot_throughput(log: dict[str, Steps], path: Path) -> None:
             place.axhline(median, color=COLOURS[1], linestyle="--", linewidth=1.2, label=f"median {median:,.0f}")
             place.legend(loc="best", fontsize="x-small", framealpha=0.8)
         place.set_ylim(bottom=0)
+        place.yaxis.set_major_formatter("{x:,.0f}")
     _save(figure, path)
 
 
@@ -116,12 +118,12 @@ def plot_scalars(stage: str, steps: Steps, path: Path) -> None:
     names = [name for name in names if name == "tokens_per_s" or not name.startswith("tokens_")]
     figure, axes = _grid(len(names))
     for name, place in zip(names, axes, strict=True):
-        _curve(place, steps, name, name)
+        _curve(place, steps, name, name, smooth=False)
     figure.suptitle(stage)
     _save(figure, path)
 
 
-def _curve(place: Any, steps: Steps, key: str, title: str) -> None:
+def _curve(place: Any, steps: Steps, key: str, title: str, smooth: bool = True) -> None:
     points = [(step, row[key]) for step, row in steps.items() if key in row]
     place.set(title=title, xlabel="optimizer step", ylabel=UNITS.get(key, key.replace("_", " ")))
     place.grid(alpha=0.3)
@@ -129,15 +131,14 @@ def _curve(place: Any, steps: Steps, key: str, title: str) -> None:
     if not points:
         return
     x, y = zip(*points, strict=True)
-    if len(points) < SMOOTHED:
+    if not smooth or len(points) < SMOOTHED:
         place.plot(x, y, color=COLOURS[0], linewidth=1.2, marker="o" if len(points) < 10 else None, markersize=3)
         return
     width = len(points) // 20
     means = [statistics.fmean(y[max(0, i - width + 1) : i + 1]) for i in range(len(y))]
     place.plot(x, y, color=COLOURS[0], alpha=0.35, linewidth=0.8)
-    place.plot(x, means, color=COLOURS[0], linewidth=1.5, label=f"mean of {width} steps" if width > 1 else None)
-    if width > 1:
-        place.legend(loc="best", fontsize="x-small", framealpha=0.8)
+    place.plot(x, means, color=COLOURS[0], linewidth=1.5, label=f"mean of {width} steps")
+    place.legend(loc="best", fontsize="x-small", framealpha=0.8)
 
 
 def _grid(panels: int, extra_height: float = 0.0) -> tuple[Figure, list[Any]]:

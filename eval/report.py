@@ -169,7 +169,7 @@ def _panel(name: str, rows: list[ReportRow], systems: dict[str, System]) -> plot
     if not points:
         return None
     metrics = next(s.metrics[name] for s in systems.values() if name in s.metrics)
-    heading = f"{name} ({metrics['queries']:,} queries)"
+    heading = f"{name}\n{metrics['queries']:,} queries"
     baseline = next((point for point in points if not point.line), None)
     return plots.Panel(heading, title(metrics["main_score"]), baseline, [point for point in points if point.line])
 

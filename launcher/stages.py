@@ -5,6 +5,7 @@ Called by launcher/run.py on every rank, with a valid recipe. A finished stage i
 
 import json
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -28,7 +29,8 @@ from toolkit.files import replace_text
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
+PACKAGES += ("pytrec-eval-terrier", "scipy", "numpy")
 
 
 def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
@@ -169,8 +171,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "world_size": world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"toolkit": f"{version('toolkit')} {_commit()}".strip(), **{p: version(p) for p in PACKAGES}},
     }
+
+
+def _commit() -> str:
+    """The checkout's commit, "-dirty" behind it if files differ from it; empty without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def _first_difference(old: object, new: object, path: str = "") -> str:
