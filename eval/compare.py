@@ -72,6 +72,8 @@ def compare_systems(before: System, after: System) -> list[Compared]:
     found: list[tuple[str, Comparison]] = []
     for name in (name for name in after.metrics if name in before.metrics):
         scores = before.main_scores(name), after.main_scores(name)
+        if not scores[0] and not scores[1]:  # no score by query: a task without queries, or of another kind
+            continue
         if _data(before, name) != _data(after, name) or scores[0].keys() != scores[1].keys():
             raise ValueError(
                 f"{name}: {before.label} and {after.label} scored different data; evaluate one of them again"

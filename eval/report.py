@@ -1,4 +1,4 @@
-"""What a run came to: report.md with plots, and its tables in the terminal. Called by the launcher at the end."""
+"""What a run came to: report.md and report.html with plots, and its tables in the terminal. Called by the launcher."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from eval.compare import FOOTNOTE, HEADER, SEED, Compared, System, change_cells,
 from eval.queries import changed_text, code
 from eval.run import MAIN
 from eval.significance import mean_interval
-from eval.tables import console, markdown_table, print_table
+from eval.tables import console, html_page, markdown_table, print_table
 from eval.training_log import Cost, Steps, cost, read_log
 from toolkit.files import replace_text
 
@@ -72,7 +72,7 @@ class Table(NamedTuple):
 def write_report(
     run: Path, rows: list[ReportRow], training: list[TrainingRow], origin: Origin, expectation: str, stopped: str
 ) -> None:
-    """Write <run>/report.md and <run>/plots, and print the tables.
+    """Write <run>/report.md, the same as report.html, and <run>/plots, and print the tables.
 
     Args:
         run: the run folder; its log.jsonl gives curves and costs.
@@ -99,7 +99,9 @@ def write_report(
         [f"- {row.label}: {row.done['flops_rule']}" for row in training],
         {"scores": _plot_scores(run, rows, systems), "training": _plot_training(run, log)},
     )
-    replace_text(run / "report.md", _markdown(run, report, origin))
+    text = _markdown(run, report, origin)
+    replace_text(run / "report.md", text)
+    replace_text(run / "report.html", html_page(run.resolve().name, text))
     _print(report, origin)
 
 
@@ -113,7 +115,7 @@ def _score_tables(systems: list[System]) -> list[Table]:
     for score in dict.fromkeys([*MAIN, *(row["main_score"] for row in sizes.values())]):
         found = {name: [s.metrics.get(name, {}).get(score) for s in systems] for name in sizes if score in sizes[name]}
         cells = [
-            (name, f"{sizes[name]['documents']:,}", f"{sizes[name]['queries']:,}", *map(_score, values))
+            (name, *(_number(sizes[name].get(key), ",") for key in ("documents", "queries")), *map(_score, values))
             for name, values in found.items()
         ]
         if len(found) > 1:
@@ -127,7 +129,7 @@ def _score_tables(systems: list[System]) -> list[Table]:
 
 
 def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return _number(value, ".4f")
 
 
 def _compared(row: ReportRow, systems: dict[str, System]) -> list[tuple[str, Compared]]:

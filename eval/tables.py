@@ -1,10 +1,20 @@
 """Tables for people: the same cells as markdown and on the terminal. Called by eval.compare, queries and report."""
 
+import html
+
+from markdown_it import MarkdownIt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 WIDTH = 80  # of text, at least
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
+    "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}"
+    "th,td{border:1px solid #ccc;padding:.25rem .6rem}th{background:#f2f2f2}td{font-variant-numeric:tabular-nums}"
+    "img{max-width:100%}pre,code{background:#f5f5f5;font-size:.85em}pre{padding:.8rem;white-space:pre-wrap}"
+    "blockquote{border-left:4px solid #D55E00;margin:0;padding:.2rem 1rem}summary{cursor:pointer}"
+)
 UNCUT = 1000  # of tables: a cell cut short says nothing, a line that the terminal wraps does
 
 
@@ -24,6 +34,13 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], text_co
         ]
         lines.append("| " + " | ".join(padded) + " |")
     return lines
+
+
+def html_page(title: str, markdown: str) -> str:
+    """The same text for a browser, links relative as they are."""
+    body = MarkdownIt("commonmark").enable("table").render(markdown)
+    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], text_columns: int = 1) -> None:

@@ -50,7 +50,8 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
     return (
         f"stage {index} {stage.name} is worse than {label} on {worst.collection}: {title(worst.score)} "
         f"{worst.after:.4f}, {interval(worst.change)}, p {p_text(worst.p_holm)} after Holm over {len(compared)} "
-        f"collections{others}; the run stops here, to go on: --set stages.{index}.eval.stop_if_worse=null"
+        f"collection{'s' * (len(compared) > 1)}{others}; the run stops here, to go on: --set "
+        f"stages.{index}.eval.stop_if_worse=null"
     )
 
 

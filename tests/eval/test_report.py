@@ -189,6 +189,21 @@ def test_plots_and_their_links(run: Path) -> None:
         assert text.count(f"](plots/{name}.png)") == 1
 
 
+def test_the_page_for_a_browser(run: Path) -> None:
+    """The same tables, images and folded blocks; texts of the collection are no markup there either."""
+    path = run.parent / "small" / "queries.jsonl"
+    queries = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"text": "<b>x</b> | " + row["text"]}) + "\n" for row in queries))
+    for name, prefix in (("s1", "w2 "), ("s2", "w3 ")):
+        evaluate(tiny_retriever(passage_prefix=prefix), [str(path.parent)], run / name, label="", step=None)
+    text = write(run, [ReportRow("a", run / "s1", "a", []), ReportRow("b", run / "s2", "a", ["a"])])
+    page = (run / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "<title>tiny</title>" in page
+    assert page.count("<table>") == sum(line.startswith("| --") for line in text.splitlines())
+    assert page.count("<img ") == text.count("](plots/") and "<details>" in page and "</details>" in page
+    assert "<b>" not in page and "<code>&lt;b&gt;x&lt;/b&gt; |" in page
+
+
 def test_what_a_reader_needs_to_repeat_it(run: Path) -> None:
     text = write(run, rows(run), stopped="stage 1 is worse")
     assert text.startswith(f"# tiny\n\n> **Stopped.** stage 1 is worse\n\n{EXPECTATION}\n")

@@ -225,10 +225,8 @@ def test_a_finished_run_ends_with_a_report_or_one_line(tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert start(tmp_path, recipe, monkeypatch) == 2
     error = capsys.readouterr().err
-    assert (
-        error.startswith("report: small:test: untrained and 0 language_model scored different data")
-        and error.count("\n") == 1
-    )
+    assert error.startswith("report: small:test: untrained and 0 language_model scored different data")
+    assert error.count("\n") == 1
 
 
 def test_lora_targets_and_model_types_are_checked_against_the_model(tmp_path, monkeypatch, capsys) -> None:

@@ -122,6 +122,16 @@ def test_revela(changes: dict[str, Any], folders) -> None:
     assert (other == rule) == ("objective__dual_loss" in changes)  # whose pass 1 is trained either way
 
 
+def test_partitioned_weights_count_whole(folders) -> None:
+    """At ZeRO-3 a parameter is empty outside its module's own forward; DeepSpeed keeps its shape beside it."""
+    objective: Any = build_objective(revela_stage(), 3, "cpu", folders["llama"], None, folders["llama"])
+    model = objective.language_model.causal_lm
+    before = matrices(model, 0)
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert matrices(model, 3) == before and matrices(model, 0) != before
+
+
 def test_lookups_and_norms_are_no_matrices(folders) -> None:
     stage = revela_stage()
     objective: Any = build_objective(stage, 3, "cpu", folders["llama"], None, folders["llama"])
