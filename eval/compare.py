@@ -15,11 +15,11 @@ from toolkit.recipe import RecipeError
 
 SEED = 0  # of the resampling: the same results give the same figures
 TITLES = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100", "mrr_at_10": "MRR@10"}
-HEADER = ("difference [95 %]", "p", "p Holm", "+ = -", "detectable")
+HEADER = ("difference [95 %]", "p", "p Holm", "+/=/-", "detectable")
 FOOTNOTE = (
     "difference: of the collection's main score, paired over its queries, with a 95 % percentile bootstrap interval; "
     "p: two-sided paired randomisation test; both with 9,999 resamples. p Holm: corrected over the collections of one "
-    "pair of systems, which are one family. + = -: queries better, equal, worse. detectable: the smallest true "
+    "pair of systems, which are one family. +/=/-: queries better, equal, worse. detectable: the smallest true "
     "difference that so many queries with this spread would show at 5 % (two-sided) with 80 % power."
 )
 
@@ -116,6 +116,7 @@ def print_comparisons(result: Path, others: list[Path]) -> None:
             for row in rows
         ]
         print_table(f"{after.label} (after) against {other.label} (before)", header, cells, text_columns=2)
+        console().print()
         compared = {row.collection for row in rows}
         left_out = [name for name in dict.fromkeys([*after.metrics, *other.metrics]) if name not in compared]
         if left_out:
@@ -134,7 +135,7 @@ def change_cells(row: Compared) -> tuple[str, ...]:
     """The cells below HEADER."""
     change = row.change
     smallest = "" if change.smallest is None else f"{change.smallest:.4f}"
-    counts = f"{change.wins} {change.ties} {change.losses}"
+    counts = f"{change.wins}/{change.ties}/{change.losses}"
     return interval(change), p_text(change.p_value), p_text(row.p_holm), counts, smallest
 
 

@@ -49,24 +49,24 @@ class Origin(NamedTuple):
     flops_source: str
 
 
-class Report(NamedTuple):
-    """All that is written, in its order; `scores` to `costs` are also printed."""
-
-    expectation: str
-    stopped: str  # why the run stopped before its last stage; empty if it did not
-    scores: list["Table"]
-    comparisons: list["Table"]
-    queries: list[str]
-    costs: "Table | None"
-    rules: list[str]
-    images: dict[str, list[str]]  # section -> lines
-
-
 class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
     text_columns: int
+
+
+class Report(NamedTuple):
+    """All that is written, in its order; `scores` to `costs` are also printed."""
+
+    expectation: str
+    stopped: str  # why the run stopped before its last stage; empty if it did not
+    scores: list[Table]
+    comparisons: list[Table]
+    queries: list[str]
+    costs: Table | None
+    rules: list[str]
+    images: dict[str, list[str]]  # section -> lines
 
 
 def write_report(

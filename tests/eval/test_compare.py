@@ -97,7 +97,7 @@ def test_what_is_printed(scores, tmp_path: Path, capsys):
     change = compare(scores[0]["first"], scores[1]["first"], seed=0)
     line = next(line for line in printed.splitlines() if line.startswith("first"))
     cells = [f"{scores[0]['first'].mean():.4f}", f"{scores[1]['first'].mean():.4f}", f"{change.difference:+.4f}"]
-    cells += [f"[{change.low:+.4f}, {change.high:+.4f}]", f"{change.wins} {change.ties} {change.losses}"]
+    cells += [f"[{change.low:+.4f}, {change.high:+.4f}]", f"{change.wins}/{change.ties}/{change.losses}"]
     assert change.smallest is not None
     assert all(cell in line for cell in ["nDCG@10", *cells, f"{change.smallest:.4f}"])
     assert "not compared (scored by one of the two, or a single query): new, single" in " ".join(printed.split())

@@ -114,7 +114,7 @@ def test_every_stage_is_compared_with_its_others(run: Path) -> None:
                 smallest = "" if change.smallest is None else f"{change.smallest:.4f}"
                 assert cells[2:] == [
                     f"{change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}]", f"{change.p_value:.3f}",
-                    f"{p_holm:.3f}", f"{change.wins} {change.ties} {change.losses}", smallest,
+                    f"{p_holm:.3f}", f"{change.wins}/{change.ties}/{change.losses}", smallest,
                 ]  # fmt: skip
 
 
