@@ -1,8 +1,11 @@
 """The report: its tables, what is compared with what, queries, costs, plots, and results that must not be compared."""
 
+import contextlib
+import io
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,17 +34,36 @@ def log_line(stage: str, step: int, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "step": step, "note": "text", "peak_memory_gib": step / 10} | numbers | more
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Results of BM25 and of three retrievers on two collections, and a log."""
-    run, suite = tmp_path / "tiny", str(write_beir(tmp_path / "small"))
+class Written(NamedTuple):
+    """A report, not to be changed."""
+
+    run: Path
+    text: str
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Results of BM25 and of three retrievers on two collections, a log, and their report."""
+    folder = tmp_path_factory.mktemp("whole")
+    run, suite = folder / "tiny", str(write_beir(folder / "small"))
     suites = [suite, f"{suite}:dev"]
     evaluate_bm25(suites, run / "bm25")
     for place, prefix in enumerate(("w1 ", "w2 ", "w3 ")):
         evaluate(tiny_retriever(passage_prefix=prefix), suites, run / f"s{place}", label=prefix, step=place)
     log = [log_line(stage, step) for stage in ("a", "b") for step in range(1, 51)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    return run
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        text = write(run, rows(run), stopped="stage 1 is worse")
+    return Written(run, text, printed.getvalue())
+
+
+@pytest.fixture
+def run(whole: Written, tmp_path: Path) -> Path:
+    """The same to change, without a report."""
+    shutil.copytree(whole.run.parent, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "tiny" / "plots")
+    return tmp_path / "tiny"
 
 
 def rows(run: Path) -> list[ReportRow]:
@@ -81,8 +103,9 @@ def ndcg(run: Path, label: str, collection: str) -> np.ndarray:
     return np.array(list(per_query[collection]["ndcg_at_10"].values()))
 
 
-def test_scores_of_every_system(run: Path, capsys) -> None:
-    found = tables(write(run, rows(run)))
+def test_scores_of_every_system(whole: Written) -> None:
+    run = whole.run
+    found = tables(whole.text)
     metrics = [json.loads((run / name / "metrics.json").read_text())["collections"] for name in LABELS.values()]
     for title, key in (("nDCG@10", "ndcg_at_10"), ("Recall@100", "recall_at_100"), ("MRR@10", "mrr_at_10")):
         header, *body, mean = found[title]
@@ -93,14 +116,15 @@ def test_scores_of_every_system(run: Path, capsys) -> None:
         ]
         means = [np.mean([system[name][key] for name in ("small:test", "small:dev")]) for system in metrics]
         assert mean == ["mean of 2", "", "", *(f"{value:.4f}" for value in means)]
-    printed = capsys.readouterr().out
+    printed = whole.printed
     for cell in (EXPECTATION, found["nDCG@10"][1][3], "0 a against", "Training", "/elsewhere"):
         assert cell in printed
 
 
-def test_every_stage_is_compared_with_its_others(run: Path) -> None:
+def test_every_stage_is_compared_with_its_others(whole: Written) -> None:
     """A family is the two collections of a pair; the figures are those of the plain functions."""
-    text = write(run, rows(run))
+    run = whole.run
+    text = whole.text
     found = tables(text)
     assert found.keys() >= {"0 a against", "1 b against"} and FOOTNOTE in text
     for row in rows(run)[2:]:
@@ -118,9 +142,10 @@ def test_every_stage_is_compared_with_its_others(run: Path) -> None:
                 ]  # fmt: skip
 
 
-def test_queries_that_changed_most(run: Path) -> None:
+def test_queries_that_changed_most(whole: Written) -> None:
     """Of the last system against the one named last, with both rankings; documents with a judgement are marked."""
-    text = write(run, rows(run))
+    run = whole.run
+    text = whole.text
     before, after = ndcg(run, "0 a", "small:test"), ndcg(run, "1 b", "small:test")
     best, worst = int((after - before).argmax()), int((after - before).argmin())
     assert after[best] > before[best] and after[worst] < before[worst]
@@ -141,7 +166,8 @@ def test_queries_that_changed_most(run: Path) -> None:
     assert text.count("<details>") == text.count("</details>") == 2 + 2  # two collections, the scalars of two stages
 
 
-def test_most_changed_has_no_query_twice_and_none_that_stayed(run: Path) -> None:
+def test_most_changed_has_no_query_twice_and_none_that_stayed(whole: Written) -> None:
+    run = whole.run
     from eval.compare import read_system
 
     before, after = (read_system(run / LABELS[label], label) for label in ("0 a", "1 b"))
@@ -157,9 +183,10 @@ def test_texts_cannot_break_the_markdown() -> None:
     assert line == "| `a \\| b` |   1 |"
 
 
-def test_costs_are_sums_over_steps(run: Path) -> None:
+def test_costs_are_sums_over_steps(whole: Written) -> None:
     """Per stage and in all: tokens, operations, device-hours; speeds follow from them."""
-    header, first, second, total = tables(write(run, rows(run)))["Training"]
+    run = whole.run
+    header, first, second, total = tables(whole.text)["Training"]
     assert header[:7] == ["stage", "rows in the data", "rows seen", "tokens", "FLOPs", "device-hours", "devices"]
     assert first == [
         "0 a", "1,000", "400", "5,000", "5.00e+10", f"{200 / 3600:.3g}", "2 x GPU", "50", "2.50e+08", "5.0"
@@ -180,8 +207,9 @@ def test_a_number_that_a_step_lacks_is_not_summed(run: Path) -> None:
     assert (first[4], second[4], total[4]) == ("", "5.00e+10", "") and total[3] == "10,000"
 
 
-def test_plots_and_their_links(run: Path) -> None:
-    text = write(run, rows(run))
+def test_plots_and_their_links(whole: Written) -> None:
+    run = whole.run
+    text = whole.text
     names = ["loss", "scalars_0_a", "scalars_1_b", "scores", "throughput"]
     assert sorted(path.stem for path in (run / "plots").iterdir()) == names
     for name in names:
@@ -204,8 +232,8 @@ def test_the_page_for_a_browser(run: Path) -> None:
     assert "<b>" not in page and "<code>&lt;b&gt;x&lt;/b&gt; |" in page
 
 
-def test_what_a_reader_needs_to_repeat_it(run: Path) -> None:
-    text = write(run, rows(run), stopped="stage 1 is worse")
+def test_what_a_reader_needs_to_repeat_it(whole: Written) -> None:
+    text = whole.text
     assert text.startswith(f"# tiny\n\n> **Stopped.** stage 1 is worse\n\n{EXPECTATION}\n")
     assert "```\ndeepspeed launcher/run.py r.json\n```" in text
     for line in ("machine: 2 x cpu, Linux, Python 3.11", "versions: torch 2.0"):
@@ -234,8 +262,8 @@ def test_a_run_without_collections_or_log(run: Path) -> None:
     assert [line for line in text.splitlines() if line.startswith("#")] == ["# tiny", "## How"]
 
 
-def test_report_is_a_function_of_the_results(run: Path) -> None:
-    assert write(run, rows(run)) == write(run, rows(run))
+def test_report_is_a_function_of_the_results(whole: Written, run: Path) -> None:
+    assert write(run, rows(run), stopped="stage 1 is worse") == whole.text
 
 
 def test_results_on_different_data_are_not_compared(run: Path) -> None:
