@@ -242,8 +242,8 @@ def _markdown(run: Path, report: Report, origin: Origin) -> str:
     if report.queries:
         lines += ["## Queries", "", "First documents of each ranking; ✓ is a relevant one.", "", *report.queries]
     if report.costs is not None:
-        lines += ["## Training", "", *report.images["training"], *markdown_table(*report.costs[1:]), ""]
-        lines += [f"{COST_NOTE}{origin.flops_source}:", "", *report.rules, ""]
+        lines += ["## Training", "", *markdown_table(*report.costs[1:]), ""]
+        lines += [f"{COST_NOTE}{origin.flops_source}:", "", *report.rules, "", *report.images["training"]]
     return "\n".join([*lines, *_origin_lines(run, origin)])
 
 

@@ -118,8 +118,9 @@ def test_a_run_leaves_what_is_promised(whole: Path, work: Path) -> None:
         assert row in report and row in (work / "whole.txt").read_text(), row
     for index, stage in enumerate(STAGES):
         others = ["BM25", "untrained", *(f"{before} {STAGES[before]}" for before in [index - 1] if index)]
-        table = report.partition(f"### {index} {stage} against\n")[2].partition("###")[0].splitlines()
+        table = report.partition(f"### {index} {stage} against\n")[2].partition("\n#")[0].splitlines()
         assert [line.split("|")[1].strip() for line in table if "collection:test" in line] == others
+    assert f"deepspeed --num_gpus 2 launcher/run.py {work / 'recipe.json'} --output {whole}\n" in report
     assert len(re.findall(r"!\[.*\]\((plots/.*\.png)\)", report)) == 3 + len(STAGES)
     for image in re.findall(r"\]\((.*\.png)\)", report):
         assert (whole / image).is_file(), image

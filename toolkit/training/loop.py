@@ -3,6 +3,7 @@
 Called by the launcher on every rank.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -226,9 +227,10 @@ def _card(recipe: Recipe, stage: Stage, feed: Feed, state: RunState) -> dict[str
 
 
 def command() -> str:
-    """What the user typed, without what the launcher added."""
+    """What the user typed, without what the launcher added, and with the processes a node if the launcher names them."""
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    return shlex.join(["deepspeed", "launcher/run.py", *typed])
+    ranks = ["--num_gpus", os.environ["LOCAL_SIZE"]] if "LOCAL_SIZE" in os.environ else []
+    return shlex.join(["deepspeed", *ranks, "launcher/run.py", *typed])
 
 
 def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
