@@ -65,4 +65,4 @@ def _other(recipe: Recipe, index: int, run: Path, than: str) -> tuple[Path, str]
         return stage_folder(run, recipe, index - 1) / "eval", f"stage {index - 1} {recipe.stages[index - 1].name}"
     first = origin(recipe, index)
     assert first is not None  # check_stops has seen to it
-    return start_folder(run, first) / "eval", f"the model {start_label(recipe, first)}"
+    return start_folder(run, first) / "eval", f"its start ({start_label(recipe, first)})"

@@ -227,7 +227,7 @@ def _card(recipe: Recipe, stage: Stage, feed: Feed, state: RunState) -> dict[str
 
 
 def command() -> str:
-    """What the user typed, without what the launcher added, and with the processes a node if the launcher names them."""
+    """What the user typed, without what the launcher added, but for the number of processes a node."""
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     ranks = ["--num_gpus", os.environ["LOCAL_SIZE"]] if "LOCAL_SIZE" in os.environ else []
     return shlex.join(["deepspeed", *ranks, "launcher/run.py", *typed])
