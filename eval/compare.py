@@ -31,6 +31,7 @@ class System(NamedTuple):
     folder: Path
     metrics: dict[str, dict[str, Any]]  # collection -> its row of metrics.json
     per_query: dict[str, dict[str, dict[str, float]]]  # collection -> metric -> query id -> score
+    groups: dict[str, dict[str, float]]  # group of collections -> score -> mean over its members
 
     def main_scores(self, collection: str) -> dict[str, float]:
         """Query id -> the collection's main score; empty where there is none by query."""
@@ -54,7 +55,7 @@ def read_system(folder: Path, label: str) -> System:
         metrics, per_query = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("metrics.json", "per_query.json")
         )
-        return System(label, folder, metrics["collections"], per_query)
+        return System(label, folder, metrics["collections"], per_query, metrics.get("groups", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(

@@ -109,7 +109,8 @@ def write_report(
 
 
 def _score_tables(systems: list[System]) -> list[Table]:
-    """A table for each score: collections down, systems across, and the mean where there are several collections."""
+    """A table for each score: collections and the means of their groups down, systems across."""
+    groups = dict.fromkeys(group for system in systems for group in system.groups)
     sizes = {name: row for system in systems for name, row in system.metrics.items()}
     tables = []
     for score in dict.fromkeys([*MAIN, *(row["main_score"] for row in sizes.values())]):
@@ -118,10 +119,10 @@ def _score_tables(systems: list[System]) -> list[Table]:
             (name, *(_number(sizes[name].get(key), ",") for key in ("documents", "queries")), *map(_score, values))
             for name, values in found.items()
         ]
-        if len(found) > 1:
-            columns = zip(*found.values(), strict=True)
-            means = [None if None in column else float(np.mean(column)) for column in columns]
-            cells.append((f"mean of {len(found)}", "", "", *map(_score, means)))
+        for group in groups:
+            means = [system.groups.get(group, {}).get(score) for system in systems]
+            if means != [None] * len(systems):
+                cells.append((f"mean: {group}", "", "", *map(_score, means)))
         if cells:
             header = ("collection", "documents", "queries", *(system.label for system in systems))
             tables.append(Table(title(score), header, cells, 1))
