@@ -20,9 +20,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from eval.scores import DEPTH, Run, as_run, per_query_scores
+from eval.scores import DEPTH, as_run, per_query_scores
 from eval.suites import Task, load_suite
-from eval.trec import cut_run, write_rankings
+from eval.trec import Rankings, keep_rankings, write_rankings
 from toolkit import bm25
 from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, embed_texts, gather_rows
@@ -42,7 +42,7 @@ class Result(NamedTuple):
     task: Task
     query_ids: list[str]
     per_query: dict[str, np.ndarray]  # metric -> [q]
-    ranking: Run  # the first documents of each query; rank 0 alone holds them
+    rankings: Rankings  # rank 0 alone holds them
     seconds: float
 
     @property
@@ -132,7 +132,7 @@ def _score(task: Task, rank_documents: Callable[[Task, list[str], slice, list[np
     per_query = per_query_scores(run, {query: qrels[query] for query in query_ids})
     if task.main_score not in per_query:
         raise RecipeError(f"{task.collection.name}: its main score {task.main_score} is not computed here")
-    kept = cut_run(run) if rank() == 0 else {}
+    kept = keep_rankings(task.collection, run if rank() == 0 else {})
     return Result(task._replace(candidates=None), query_ids, per_query, kept, time.perf_counter() - started)
 
 
@@ -182,7 +182,7 @@ def _write(folder: Path, record: dict[str, Any], results: dict[str, Result]) -> 
             "seconds": round(result.seconds, 3),
         }
         replace_text(folder / f"{file_name(name)}.json", _dump(_mteb_result(result, versions["mteb"])))
-        write_rankings(folder / "rankings", file_name(name), task.collection, result.ranking, record["label"])
+        write_rankings(folder / "rankings", file_name(name), result.rankings, record["label"])
     per_query = {
         name: {key: dict(zip(r.query_ids, r.per_query[key].tolist(), strict=True)) for key in _main_keys(r.task)}
         for name, r in results.items()

@@ -25,15 +25,23 @@ class Top(NamedTuple):
     ranked: dict[str, list[tuple[str, int]]]  # query id -> (document id, grade) of the first SHOWN; 0 also if unjudged
 
 
-def cut_run(run: Run) -> Run:
+class Rankings(NamedTuple):
+    """What is kept of a collection's rankings, without the collection."""
+
+    run: Run  # the first DEPTH documents of each query, best first
+    top: Top
+
+
+def keep_rankings(collection: Collection, run: Run) -> Rankings:
     """The first 100 documents of each query, in trec_eval's order: by score, then by descending id."""
-    return {
+    run = {
         query: dict(sorted(ranking.items(), key=lambda item: (item[1], item[0]), reverse=True)[:DEPTH])
         for query, ranking in run.items()
     }
+    return Rankings(run, _top(collection, run))
 
 
-def write_rankings(folder: Path, stem: str, collection: Collection, run: Run, tag: str) -> None:
+def write_rankings(folder: Path, stem: str, rankings: Rankings, tag: str) -> None:
     """Write <folder>/<stem>.trec (`qid Q0 docid rank score tag` a line) and <stem>.json, see `read_top`.
 
     White space in ids, which would end a column, is percent-encoded ("a b" -> "a%20b"); all else stays as it is.
@@ -41,13 +49,13 @@ def write_rankings(folder: Path, stem: str, collection: Collection, run: Run, ta
 
     Args:
         stem: the collection's, as a file name.
-        run: of `cut_run`.
         tag: the system's name.
 
     Raises:
         ValueError: if two ids are the same once encoded.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    run = rankings.run
     queries = _columns(list(run))
     documents = _columns(list({document for ranking in run.values() for document in ranking}))
     tag = re.sub(r"\s+", "_", tag) or "unnamed"
@@ -57,7 +65,7 @@ def write_rankings(folder: Path, stem: str, collection: Collection, run: Run, ta
         for place, (document, score) in enumerate(ranking.items(), 1)
     ]
     replace_text(folder / f"{stem}.trec", "".join(lines))
-    replace_text(folder / f"{stem}.json", json.dumps(_top(collection, run)._asdict(), ensure_ascii=False) + "\n")
+    replace_text(folder / f"{stem}.json", json.dumps(rankings.top._asdict(), ensure_ascii=False) + "\n")
 
 
 def _columns(ids: list[str]) -> dict[str, str]:
@@ -80,7 +88,7 @@ def _top(collection: Collection, run: Run) -> Top:
 
 
 def _graded(documents: list[str], query: str, qrels: Qrels) -> list[tuple[str, int]]:
-    return [(document, qrels[query].get(document, 0)) for document in documents]
+    return [(document, qrels.get(query, {}).get(document, 0)) for document in documents]
 
 
 def first_words(text: str, longest: int) -> str:

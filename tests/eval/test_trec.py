@@ -12,7 +12,7 @@ from retrievers import tiny_retriever
 from eval.run import evaluate, evaluate_bm25
 from eval.scores import Run, as_run
 from eval.suites import load_suite
-from eval.trec import SHOWN, cut_run, first_words, read_top, write_rankings
+from eval.trec import SHOWN, first_words, keep_rankings, read_top, write_rankings
 from toolkit.data.records import Collection
 
 
@@ -50,7 +50,7 @@ def test_a_hundred_documents_in_the_order_of_trec_eval():
     """Ties by descending id, as trec_eval breaks them: the rank that is written is the rank that counts."""
     ids = [f"d{i:03}" for i in range(150)]
     scores = np.repeat(np.float32([0.5, 0.25]), 75)[None]
-    (ranking,) = cut_run(as_run(["q"], ids, scores, np.arange(150)[None])).values()
+    (ranking,) = keep_rankings(collection(["q"], ids), as_run(["q"], ids, scores, np.arange(150)[None])).run.values()
     assert list(ranking) == [*sorted(ids[:75], reverse=True), *sorted(ids[75:], reverse=True)[:25]]
 
 
@@ -62,30 +62,30 @@ def collection(queries: list[str], documents: list[str]) -> Collection:
 
 def test_scores_keep_all_bits_of_fp32(tmp_path: Path):
     scores = np.float32([[1 / 3, np.nextafter(np.float32(1 / 3), np.float32(0)), 1e-30, -12345.678]])
-    kept = cut_run(as_run(["q"], list("abcd"), scores, np.arange(4)[None]))
-    write_rankings(tmp_path, "c", collection(["q"], list("abcd")), kept, "x")
+    kept = keep_rankings(collection(["q"], list("abcd")), as_run(["q"], list("abcd"), scores, np.arange(4)[None]))
+    write_rankings(tmp_path, "c", kept, "x")
     assert [np.float32(score) for score in read_trec(tmp_path / "c.trec")["q"].values()] == scores[0].tolist()
     assert len(set(read_trec(tmp_path / "c.trec")["q"].values())) == 4
 
 
 def test_white_space_in_ids_is_encoded(tmp_path: Path):
     queries, documents = ["q 1", "q\u30002"], ["New York", "a\tb", "100%", "a%20b"]
-    kept = {query: {document: 1.0 - i for i, document in enumerate(documents)} for query in queries}
-    write_rankings(tmp_path, "c", collection(queries, documents), kept, "two words")
+    run = {query: {document: 1.0 - i for i, document in enumerate(documents)} for query in queries}
+    write_rankings(tmp_path, "c", keep_rankings(collection(queries, documents), run), "two words")
     found = read_trec(tmp_path / "c.trec")  # six columns a line
     assert list(found) == ["q%201", "q%E3%80%802"]
     assert list(found["q%201"]) == ["New%20York", "a%09b", "100%", "a%20b"]
     top = read_top(tmp_path, "c")
     assert top is not None and top.ranked["q 1"][0] == ("New York", 0)  # there ids stay as they are
-    twice = collection(["q"], ["a b", "a%20b"])
+    twice = keep_rankings(collection(["q"], ["a b", "a%20b"]), {"q": {"a b": 1.0, "a%20b": 0.5}})
     with pytest.raises(ValueError, match="two ids differ in white space"):
-        write_rankings(tmp_path, "d", twice, {"q": {"a b": 1.0, "a%20b": 0.5}}, "x")
+        write_rankings(tmp_path, "d", twice, "x")
 
 
 def test_what_readers_see_of_a_ranking(tmp_path: Path):
     documents = [f"d{i}" for i in range(20)]
     data = collection(["q"], documents)._replace(qrels={"q": {"d2": 3, "d3": 0, "d19": 1}})
-    write_rankings(tmp_path, "c", data, {"q": {d: -float(i) for i, d in enumerate(documents)}}, "x")
+    write_rankings(tmp_path, "c", keep_rankings(data, {"q": {d: -float(i) for i, d in enumerate(documents)}}), "x")
     top = read_top(tmp_path, "c")
     assert top is not None
     assert top.ranked == {"q": [("d0", 0), ("d1", 0), ("d2", 3), ("d3", 0), ("d4", 0)]}
