@@ -21,6 +21,8 @@ SMOOTHED = 40  # steps from which a curve gets a running mean, over a twentieth 
 # What a scalar of every step is called on its axis.
 UNITS = {
     "loss": "loss (nats)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
     "plain_nll": "nats a token",
     "in_batch_nll": "nats a token",
     "gain": "nats a token",
