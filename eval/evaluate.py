@@ -18,6 +18,7 @@ from eval.scores import DEPTH, as_run, per_query_scores
 from eval.settings import for_task, with_settings
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
+from eval.trec import keep_rankings
 from toolkit import bm25
 from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, checkpoint_digest, encode
@@ -181,8 +182,9 @@ def _score(task: Task, rank_documents: RankDocuments, identical_ids: str) -> Res
     for key in (task.main_score, *task.reported):
         if key not in per_query:
             raise RecipeError(f"{task.collection.name}: its score {key} is not computed here")
+    rankings = keep_rankings(task.collection, run if rank() == 0 else {})
     kept = task._replace(candidates=None, answers=None, body_starts=None)
-    return Result(kept, query_ids, per_query, dropped, time.perf_counter() - started)
+    return Result(kept, query_ids, per_query, rankings, dropped, time.perf_counter() - started)
 
 
 def _check_identical_ids(task: Task) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, per_query.json, one JSON in mteb's format a collection, means of groups.
+"""What an evaluation leaves: metrics.json, per_query.json, a JSON in mteb's format and rankings a collection, means.
 
 Called by eval.evaluate on rank 0.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.tasks import Task
+from eval.trec import Rankings, write_rankings
 from toolkit.files import replace_text
 
 MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
@@ -27,6 +28,7 @@ class Result(NamedTuple):
     task: Task
     query_ids: list[str]
     per_query: dict[str, np.ndarray]  # metric -> [q]
+    rankings: Rankings  # rank 0 alone holds them
     identical_ids_dropped: int
     seconds: float
 
@@ -93,6 +95,7 @@ def write_results(
                 key: dict(zip(result.query_ids, result.per_query[key].tolist(), strict=True)) for key in result.shown
             }
             written = _mteb_format(result, versions["mteb"])
+            write_rankings(folder / "rankings", file_name(name), result.rankings, record["label"])
         else:
             revision = result.whole["dataset_revision"]
             about = {"main_score": result.main_score, "revision": revision, "seconds": round(result.seconds, 3)}

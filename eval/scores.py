@@ -1,4 +1,4 @@
-"""Rankings -> scores per query and their means, by pytrec_eval under mteb's names. Called by eval.run."""
+"""Rankings -> scores per query and their means, by pytrec_eval under mteb's names. Called by eval.evaluate."""
 
 import numpy as np
 import pytrec_eval

@@ -14,7 +14,10 @@ from toolkit.recipe import Recipe, RecipeError, load_recipe
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="deepspeed launcher/run.py", description="Train, export and evaluate a recipe."
+        prog="deepspeed launcher/run.py",
+        description="Train, export and evaluate a recipe.",
+        epilog="Exit code: 0; 2 for a mistake that the message names; 3 if eval.stop_if_worse stopped the run after a "
+        "stage (export, scores and report are written).",
     )
     parser.add_argument("recipe", type=Path, help="a recipe (JSON)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a recipe key")
@@ -26,7 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code 0; 2 after one line per problem the user can mend."""
+    """Exit code 0; 2 after one line per problem the user can mend; 3 where eval.stop_if_worse stopped the run."""
     arguments = parse_arguments()
     try:
         recipe = load_recipe(arguments.recipe, tuple(arguments.set))
@@ -58,10 +61,14 @@ def _dry_run(recipe: Recipe, only: int | None) -> int:
 
 def _run(recipe: Recipe, run: Path, only: int | None) -> int:
     from launcher.stages import run_stages
+    from launcher.stop import Stopped
     from toolkit.collectives import RankZeroFailed
 
     try:
         run_stages(recipe, run, only)
+    except Stopped as stopped:
+        say(str(stopped))
+        return 3
     except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
         time.sleep(SECONDS_TO_SPEAK)
         return 2

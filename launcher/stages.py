@@ -5,6 +5,7 @@ Called by launcher/run.py on every rank, with a valid recipe. A finished stage i
 
 import json
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -23,12 +24,14 @@ from launcher.starts import (
     start_scores,
     with_suites,
 )
+from launcher.stop import Stopped, check_stops, reason_to_stop
 from toolkit.collectives import on_rank_zero, world_size
 from toolkit.files import replace_text
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
+PACKAGES += ("pytrec-eval-terrier", "scipy", "numpy")
 
 
 def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
@@ -36,6 +39,7 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
 
     Raises:
         RecipeError: for anything the user can mend; RankZeroFailed on the other ranks where rank 0 says why.
+        Stopped: on all ranks, after the report, if a stage is worse than its eval.stop_if_worse allows.
     """
     from toolkit.training.process_group import start_distributed
 
@@ -47,14 +51,27 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
         on_rank_zero(lambda: check_order(recipe, only, run))
     with mendable("BM25"):
         score_bm25(recipe, run)
-    for index in range(len(recipe.stages)) if only is None else [only]:
+    indices, reason = list(range(len(recipe.stages))) if only is None else [only], ""
+    for index in indices:
+        if reason := stop_after(recipe, index - 1, run):
+            break
         first = origin(recipe, index)
         if first is not None:
             with mendable(f"stage {first} {recipe.stages[first].name}: start"):
                 evaluate_start(recipe, first, run, device)
         run_stage(recipe, index, run, device)
+    else:
+        reason = stop_after(recipe, indices[-1], run)
     with mendable("report"):
-        on_rank_zero(lambda: report(recipe, run))
+        on_rank_zero(lambda: report(recipe, run, reason))
+    if reason:
+        raise Stopped(reason)
+
+
+def stop_after(recipe: Recipe, index: int, run: Path) -> str:
+    """Why the run stops after stage `index`, the same on every rank; empty if it does not."""
+    with mendable("eval.stop_if_worse"):
+        return on_rank_zero(lambda: reason_to_stop(recipe, index, run)) if index >= 0 else ""
 
 
 def check_order(recipe: Recipe, index: int, run: Path) -> None:
@@ -93,6 +110,7 @@ def check_ahead(recipe: Recipe, ranks: int) -> None:
     """What would end a later stage, found before the first: ranks that do not fit, models, LoRA targets."""
     from launcher.dry_run import Unresolved, check_sources, stage_parameters
 
+    check_stops(recipe)
     for index, stage in enumerate(recipe.stages):
         batch_numbers(stage, ranks)
         try:
@@ -121,6 +139,8 @@ def open_run(recipe: Recipe, run: Path) -> None:
             ]
             count = max(begun, default=-1) + 1
             old, new = ({**raw, "stages": raw["stages"][:count]} for raw in (old, new))
+            for stage in (*old["stages"], *new["stages"]):
+                stage["eval"].pop("stop_if_worse", None)  # decides what comes after the stage, which may be changed
             different = _first_difference(old, new)
             if different:
                 raise RecipeError(f"{run}: was made by a different recipe ({different}); choose another --output")
@@ -153,8 +173,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "world_size": world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"toolkit": f"{version('toolkit')} {_commit()}".strip(), **{p: version(p) for p in PACKAGES}},
     }
+
+
+def _commit() -> str:
+    """The checkout's commit, "-dirty" behind it if files differ from it; empty without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def _first_difference(old: object, new: object, path: str = "") -> str:
@@ -197,25 +225,38 @@ def finish(folder: Path, result: dict[str, Any]) -> None:
     replace_text(folder / "done.json", json.dumps(result, indent=2, default=str) + "\n")
 
 
-def report(recipe: Recipe, run: Path) -> None:
-    """Write report.md over what is finished and print its table, with the paths of what the run leaves behind."""
-    from eval.report import ReportRow, write_report
+def report(recipe: Recipe, run: Path, stopped: str) -> None:
+    """Write report.md over what is finished and print its tables, with the paths of what the run leaves behind.
+
+    A stage is compared with BM25, with the model before training that it goes back to, and with the stage before it.
+    """
+    from eval.report import Origin, ReportRow, TrainingRow, write_report
+    from toolkit.training.costs import SOURCE
     from toolkit.training.loop import stage_folder
 
     folders = [stage_folder(run, recipe, index) for index in range(len(recipe.stages))]
     done = [index for index, folder in enumerate(folders) if is_done(folder)]
-    rows = [ReportRow("BM25", run / "bm25" / "eval", None)] if bm25_is_scored(recipe, run) else []
+    labels = [f"{index} {stage.name}" for index, stage in enumerate(recipe.stages)]
+    rows = [ReportRow("BM25", run / "bm25" / "eval", "", [])] if bm25_is_scored(recipe, run) else []
     for index in done:
-        first = origin(recipe, index)
-        start = None
+        first, start = origin(recipe, index), ""
         if first is not None and start_scores(recipe, first, run) is not None:
             start = start_label(recipe, first)
             if start not in [row.label for row in rows]:
-                rows.append(ReportRow(start, start_folder(run, first) / "eval", None))
+                rows.append(ReportRow(start, start_folder(run, first) / "eval", start, []))
         if recipe.stages[index].eval.suites:
-            label = f"after stage {index}: {recipe.stages[index].name}"
-            rows.append(ReportRow(label, folders[index] / "eval", start))
+            against = ["BM25", start, *labels[max(index - 1, 0) : index]]
+            known = [row.label for row in rows]
+            others = [label for label in against if label in known]
+            rows.append(ReportRow(labels[index], folders[index] / "eval", start or labels[index], others))
+    training = []
+    for index in done:
+        stage, record = recipe.stages[index], json.loads((folders[index] / "done.json").read_text(encoding="utf-8"))
+        training.append(TrainingRow(labels[index], stage.name, stage.batch.pool * stage.batch.pools_per_step, record))
+    if not all("flops_rule" in row.done for row in training):  # trained before costs were recorded: no table of some
+        training = []
     kind = "export" if recipe.stages[done[-1]].lora is None else "adapter"
     paths = {kind: folders[done[-1]] / "export", "TensorBoard": run / "tensorboard", "report": run / "report.md"}
     described = [f"Stage {i}: {stage.description}" for i, stage in enumerate(recipe.stages) if stage.description]
-    write_report(run, rows, paths, " ".join(described))
+    made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    write_report(run, rows, training, Origin(paths, made, SOURCE), " ".join(described), stopped)

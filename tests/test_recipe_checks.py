@@ -29,7 +29,24 @@ Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
 KEYS_OF_A_STEP = "is no multiple of the 32 keys of a step (views x pool x pools_per_step)"
 NVME_STAGE = 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
 MAX_TOKENS = TINY["stages"][0]["start"]["build"]["max_tokens"]
+STOP_0, STOP_1 = "stages.0.eval.stop_if_worse", "stages.1.eval.stop_if_worse"
 CROSS = {
+    "stop without scores": (
+        [(STOP_1, {"than": "bm25"})],
+        [f"{STOP_1}: nothing is scored after this stage; name suites, or set it to null"],
+    ),
+    "stop in the first stage": (
+        [("stages.0.eval.suites", ["stdlib:dev"]), (STOP_0, {"than": "previous"})],
+        [f'{STOP_0}.than: there is no stage before the first; write "start" or "bm25"'],
+    ),
+    "stop on other suites": (
+        [
+            ("stages.0.eval.suites", ["stdlib:test"]),
+            ("stages.1.eval.suites", ["stdlib:dev"]),
+            (STOP_1, {"than": "previous"}),
+        ],
+        [f"{STOP_1}.than: stage language_model is scored on none of this stage's suites; give it one of them"],
+    ),
     "stage name twice": (
         [("stages.1.name", "language_model")],
         ["stages.1.name: 'language_model' names an earlier stage too; give each stage its own name"],
@@ -325,6 +342,9 @@ def test_what_the_cross_checks_must_let_through(tmp_path):
     assert load_recipe(write(tmp_path, changed(("stages.0.zero", offload)))).stages[0].zero.offload_optimizer == "cpu"
     for offload in ({"stage": 2, "offload_optimizer": "cpu"}, {"stage": 3, "offload_optimizer": {"nvme": "."}}):
         load_recipe(write(tmp_path, changed(("stages.0.zero", offload))))
+    suites = [(f"stages.{i}.eval.suites", ["stdlib:dev"]) for i in (0, 1)]
+    stops = [(STOP_0, {"than": "start"}), (STOP_1, {"than": "previous", "by": 0.01})]
+    assert load_recipe(write(tmp_path, changed(*suites, *stops))).stages[0].eval.stop_if_worse is not None
 
 
 @pytest.mark.parametrize(

@@ -492,6 +492,19 @@ class Save(Section):
     keep: Positive = Field(description="Newest checkpoints kept.")
 
 
+class StopIfWorse(Section):
+    """The run stops after the stage, exit code 3, if it is worse than another system on any collection of its suites.
+
+    Worse: the collection's main score is lower by more than `by`, and the difference is significant (paired
+    randomisation test, p < 0.05 after Holm's correction over the collections).
+    """
+
+    than: Literal["bm25", "start", "previous"] = Field(
+        description="bm25; start: the model before training that the stage goes back to; previous: the stage before."
+    )
+    by: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="A drop of at most this is let pass.")
+
+
 class EvalSettings(Section):
     """How a retriever is evaluated where that differs from how it was trained; written into every result."""
 
@@ -519,6 +532,7 @@ class Eval(EvalSettings):
         description="Scored after the stage: quick, stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, a "
         "folder (FOLDER, FOLDER:split, quick:FOLDER), an mteb task or benchmark, or NAME=FOLDER, its copy on disk."
     )
+    stop_if_worse: StopIfWorse | None = Field(None, description="Halts the stages after this one; null: never.")
 
 
 class Export(Section):

@@ -62,6 +62,7 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 f"{at}.eval.identical_ids",
                 "differs from the first stage's, with which BM25 is scored; make them equal",
             )
+        yield from _check_stop(f"{at}.eval.stop_if_worse", stage, before)
         for number, suite in enumerate(stage.eval.suites):
             if suite.startswith("stdlib") and suite not in ("stdlib:dev", "stdlib:test"):
                 yield f"{at}.eval.suites.{number}", f"{suite!r} is unknown; write stdlib:dev or stdlib:test"
@@ -255,6 +256,19 @@ def _check_method(at: str, stage: Stage) -> Iterator[tuple[str, str]]:
                 "a momentum copy of all parameters would have to be gathered whole at every step; use stage 0, 1 or 2, "
                 "lora, or in-batch negatives (objective.queue null)",
             )
+
+
+def _check_stop(at: str, stage: Stage, before: Stage | None) -> Iterator[tuple[str, str]]:
+    """There must be scores to compare."""
+    stop, suites = stage.eval.stop_if_worse, stage.eval.suites
+    if stop is None:
+        return
+    if not suites:
+        yield at, "nothing is scored after this stage; name suites, or set it to null"
+    elif stop.than == "previous" and before is None:
+        yield f"{at}.than", 'there is no stage before the first; write "start" or "bm25"'
+    elif stop.than == "previous" and before is not None and not set(suites) & set(before.eval.suites):
+        yield f"{at}.than", f"stage {before.name} is scored on none of this stage's suites; give it one of them"
 
 
 def _check_zero(at: str, zero: Zero) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_written(folder: Path, tmp_path: Path):
     scores = evaluate(tiny_retriever(), [str(folder), f"{folder}:dev"], tmp_path / "out", label="tiny", step=7)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "metrics.json", "per_query.json", "small_dev.json", "small_test.json"
+        "metrics.json", "per_query.json", "rankings", "small_dev.json", "small_test.json"
     ]  # fmt: skip
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     per_query = json.loads((tmp_path / "out" / "per_query.json").read_text())

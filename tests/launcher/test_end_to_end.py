@@ -1,7 +1,9 @@
 """The main job on two ranks: train, kill, resume, export, evaluate, report."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,10 +114,16 @@ def test_a_run_leaves_what_is_promised(whole: Path, work: Path) -> None:
     steps = [point.step for point in board.Scalars("eval/collection:test/ndcg_at_10")]
     assert steps == [STEPS * stage for stage in range(len(STAGES) + 1)]
     report = (whole / "report.md").read_text()
-    for row in ("BM25", "untrained", *(f"after stage {index}" for index in range(len(STAGES)))):
+    for row in ("BM25", "untrained", *(f"{index} {stage}" for index, stage in enumerate(STAGES))):
         assert row in report and row in (work / "whole.txt").read_text(), row
-    for stage in ("after stage 1: revela", "after stage 2: recontriever", "after stage 3: contrastive"):
-        assert report.count(f"- {stage} against untrained: ") == 1, stage
+    for index, stage in enumerate(STAGES):
+        others = ["BM25", "untrained", *(f"{before} {STAGES[before]}" for before in [index - 1] if index)]
+        table = report.partition(f"### {index} {stage} against\n")[2].partition("\n#")[0].splitlines()
+        assert [line.split("|")[1].strip() for line in table if "collection:test" in line] == others
+    assert f"deepspeed --num_gpus 2 launcher/run.py {work / 'recipe.json'} --output {whole}\n" in report
+    assert len(re.findall(r"!\[.*\]\((plots/.*\.png)\)", report)) == 3 + len(STAGES)
+    for image in re.findall(r"\]\((.*\.png)\)", report):
+        assert (whole / image).is_file(), image
 
 
 @pytest.mark.parametrize("stage", ["stage_1_revela", "stage_2_recontriever", "stage_3_contrastive"])
@@ -142,6 +150,14 @@ def test_evaluate_alone_gives_the_scores_of_the_run(whole: Path, work: Path) -> 
         for folder in (whole / "stage_1_revela" / "eval", work / "alone")
     ]
     assert scores[0] == scores[1] and len(scores[0]["collection:test"]["ndcg_at_10"]) > 20
+
+
+def costs(run: Path) -> list[list[str]]:
+    """Of each stage and of all: rows, tokens and operations as the report tells them."""
+    table = (run / "report.md").read_text().partition("| rows in the data")[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in itertools.takewhile(bool, table)]
+    assert len(rows) == len(STAGES) + 1
+    return rows
 
 
 def end_after(lines: int, run: Path, work: Path, number: signal.Signals) -> str:
@@ -188,8 +204,9 @@ def test_a_killed_run_goes_on_with_the_next_batch(whole: Path, work: Path) -> No
     resumed = [int(line.split()[-1]) for line in said.splitlines() if "starts at step" in line]
     assert resumed[0] in starts[0] and resumed[1] == 0 and resumed[2] in starts[1], (resumed, starts)
     for before, after in zip(log(whole), log(run), strict=True):
-        for key in ("stage", "step", "rows", "loss", "grad_norm", "lr"):
+        for key in ("stage", "step", "rows", "loss", "grad_norm", "lr", "tokens", "flops"):
             assert before[key] == after[key], (key, before, after)
+    assert costs(run) == costs(whole)
     for index, stage in enumerate(STAGES[1:], start=1):
         for name in ("adapter_model.safetensors", "merged/model.safetensors"):
             a, b = (load_file(folder / f"stage_{index}_{stage}" / "export" / name) for folder in (whole, run))

@@ -219,13 +219,14 @@ def test_a_finished_run_ends_with_a_report_or_one_line(tmp_path, monkeypatch, ca
     (suite / "qrels" / "test.tsv").write_text("".join(judgements[:2]))
     recipe = one_stage(tmp_path, ("stages.0.eval.suites", [str(suite)]))
     assert start(tmp_path, recipe, monkeypatch) == 0
-    assert "after stage 0: language_model" in (tmp_path / "run" / "report.md").read_text()
+    assert "0 language_model" in (tmp_path / "run" / "report.md").read_text()
     path = tmp_path / "run" / "start" / "eval" / "metrics.json"
     path.write_text(path.read_text().replace('"revision": "', '"revision": "other '))
     capsys.readouterr()
     assert start(tmp_path, recipe, monkeypatch) == 2
     error = capsys.readouterr().err
-    assert error.startswith("report: small:test: BM25 and untrained scored different data") and error.count("\n") == 1
+    assert error.startswith("report: small:test: untrained and 0 language_model scored different data")
+    assert error.count("\n") == 1
 
 
 def test_lora_targets_and_model_types_are_checked_against_the_model(tmp_path, monkeypatch, capsys) -> None:

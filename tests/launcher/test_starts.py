@@ -93,13 +93,16 @@ def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, mo
         evaluated.clear()
         assert start(tmp_path, two_builds, monkeypatch) == 0 and evaluated == expected
     lines = (tmp_path / "run" / "report.md").read_text().splitlines()
-    rows = [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:]
-    last = "after stage 2: wider"
-    assert rows == [
-        "BM25", "untrained", "after stage 0: language_model", "after stage 1: again", "untrained (stage 2)", last
-    ]  # fmt: skip
-    against = [line.removeprefix("- ").split(": +")[0].split(": -")[0] for line in lines if " against " in line]
-    assert against == ["after stage 1: again against untrained", *(f"{last} against {row}" for row in rows[:-1])]
+    table = next(line for line in lines if line.startswith("| collection"))
+    systems = [cell.strip() for cell in table.split("|")[4:-1]]
+    assert systems == ["BM25", "untrained", "0 language_model", "1 again", "untrained (stage 2)", "2 wider"]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if line.startswith("| ")]
+    compared = [row[0] for row in rows if row[0] in systems and row[1] == "small:test"]
+    assert compared == [
+        *("BM25", "untrained"),
+        *("BM25", "untrained", "0 language_model"),
+        *("BM25", "untrained (stage 2)", "1 again"),
+    ]
     for stage, folder in (("stage_1_again", "start"), ("stage_2_wider", "start_2")):
         card = (tmp_path / "run" / stage / "export" / "README.md").read_text()
         row = next(line for line in card.splitlines() if "before training" in line)

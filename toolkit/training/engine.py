@@ -4,6 +4,7 @@ Called by the loop. Every function is collective: all ranks call it.
 """
 
 import gc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def train_step(
     lr = learning_rate(stage.optim, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    losses, tokens, norm = [], 0, None
+    losses, norm = [], None
+    tokens: Counter[str] = Counter()
     for batch in batches:
         batch = to_device(batch, device)
-        tokens += int(_num_tokens(batch))
+        tokens.update(_num_tokens(batch))
         loss = engine(batch)
         engine.backward(loss.total)
         losses.append(Loss(loss.total.detach(), loss.parts))
@@ -95,9 +97,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return type(batch)(*(to_device(part, device) for part in batch))
 
 
-def _num_tokens(batch: Any) -> Tensor:
-    """Real tokens of all texts of a batch."""
-    return torch.stack([part.attention_mask.sum() for part in batch if isinstance(part, Tokens)]).sum()
+def _num_tokens(batch: Any) -> dict[str, int]:
+    """Real tokens of each side of a batch."""
+    sides = {name: part for name, part in batch._asdict().items() if isinstance(part, Tokens)}
+    counts = torch.stack([part.attention_mask.sum() for part in sides.values()]).tolist()  # one wait for the device
+    return dict(zip(sides, counts, strict=True))
 
 
 @torch.no_grad()

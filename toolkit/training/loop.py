@@ -3,6 +3,7 @@
 Called by the launcher on every rank.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -34,6 +35,7 @@ from toolkit.recipe import (
     source_name,
 )
 from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
+from toolkit.training.costs import Costs, training_costs
 from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
 from toolkit.training.feed import Feed, open_feed
 from toolkit.training.metrics import Log, peak_memory_gib
@@ -41,11 +43,15 @@ from toolkit.training.numbers import derived, render
 
 
 class StageResult(NamedTuple):
-    """What a finished stage leaves: its export, how far it got, and the figures of the reload check."""
+    """What a finished stage leaves: its export, how far it got, on what, and the figures of the reload check."""
 
     export: Path
     steps: int
     tokens: int
+    rows: int  # of the data
+    ranks: int
+    device: str
+    flops_rule: str
     check: dict[str, float]
 
 
@@ -97,6 +103,7 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
     fresh = RunState(0, 0, recipe.digest(index), feed.digest, tokenizers, world_size())
     state = load_newest(engine, folder / "checkpoints", fresh)
     _announce(stage, engine, feed, state)
+    costs = training_costs(stage, engine.module)
     with Stream(
         feed.plan,
         feed.collate,
@@ -107,18 +114,26 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
         rank=rank(),
         world_size=world_size(),
     ) as stream:
-        state = _run_steps(engine, stream, recipe, index, run, state, device)
+        state = _run_steps(engine, stream, recipe, index, run, state, costs, device)
     live = live_vectors(engine.module, tokenizer, stage.encoder, feed.examples, device)
     weights = gather_trainable(engine.module, stage.zero.stage)
     objective = release(engine)  # what is left gives the export its structure; the reloaded model needs the memory
     check = on_rank_zero(
         lambda: _export(recipe, index, run, objective, weights, sources, tokenizer, feed, state, live, device)
     )
-    return StageResult(folder / "export", state.step, state.tokens, check)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU process"
+    return StageResult(folder / "export", state.step, state.tokens, feed.size, world_size(), name, costs.rule, check)
 
 
 def _run_steps(
-    engine: Any, stream: Stream, recipe: Recipe, index: int, run: Path, state: RunState, device: torch.device
+    engine: Any,
+    stream: Stream,
+    recipe: Recipe,
+    index: int,
+    run: Path,
+    state: RunState,
+    costs: Costs,
+    device: torch.device,
 ) -> RunState:
     stage = recipe.stages[index]
     first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
@@ -148,6 +163,8 @@ def _run_steps(
                     "rows_per_s": stage.batch.pool * stage.batch.pools_per_step / spent,
                     "data_wait": values["data_wait"] / spent,
                     "peak_memory_gib": peak_memory_gib(device),
+                    "device_s": spent * world_size(),
+                    "flops": sum(values[f"tokens_{side}"] * rate for side, rate in costs.per_token.items()),
                 }
                 log.write(state.step, values | {"rows": data.digest})
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -210,9 +227,10 @@ def _card(recipe: Recipe, stage: Stage, feed: Feed, state: RunState) -> dict[str
 
 
 def command() -> str:
-    """What the user typed, without what the launcher added."""
+    """What the user typed, without what the launcher added, but for the number of processes a node."""
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    return shlex.join(["deepspeed", "launcher/run.py", *typed])
+    ranks = ["--num_gpus", os.environ["LOCAL_SIZE"]] if "LOCAL_SIZE" in os.environ else []
+    return shlex.join(["deepspeed", *ranks, "launcher/run.py", *typed])
 
 
 def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -15,10 +15,15 @@ from toolkit.files import replace_text
 from toolkit.objectives import Loss
 
 
-def reduce_losses(losses: Iterable[Loss], tokens: int, wait: float, device: torch.device) -> dict[str, float]:
+def reduce_losses(
+    losses: Iterable[Loss], tokens: dict[str, int], wait: float, device: torch.device
+) -> dict[str, float]:
     """Means over all forwards and ranks of one step; "loss" is exactly what was optimised.
 
-    Returns also tokens (global sum) and data_wait (mean seconds a rank waited for data).
+    Args:
+        tokens: side of the batch -> real tokens of this rank; the same sides on all ranks.
+
+    Returns also tokens and tokens_SIDE (global sums) and data_wait (mean seconds a rank waited for data).
     """
     totals: dict[str, list[Tensor]] = {}
     losses = list(losses)
@@ -28,11 +33,13 @@ def reduce_losses(losses: Iterable[Loss], tokens: int, wait: float, device: torc
             for total, value in zip(totals[name], pair, strict=True):
                 total += value
     own = torch.stack([loss.total.detach().double() for loss in losses]).mean()
-    extra = torch.tensor([tokens, wait], dtype=torch.float64, device=device)
+    extra = torch.tensor([wait, *tokens.values()], dtype=torch.float64, device=device)
     flat = sum_over_ranks(torch.cat([own[None], extra, *(torch.stack(pair) for pair in totals.values())])).tolist()
-    values = {"loss": flat[0] / world_size(), "tokens": flat[1], "data_wait": flat[2] / world_size()}
+    counts, sums = flat[2 : 2 + len(tokens)], flat[2 + len(tokens) :]
+    values = {"loss": flat[0] / world_size(), "tokens": sum(counts), "data_wait": flat[1] / world_size()}
+    values |= {f"tokens_{side}": count for side, count in zip(tokens, counts, strict=True)}
     for index, name in enumerate(totals):
-        total, count = flat[3 + 2 * index : 5 + 2 * index]
+        total, count = sums[2 * index : 2 * index + 2]
         values[name] = total / count
     return values
 
