@@ -81,12 +81,15 @@ def evaluate(
     return _evaluate(rank_documents, suites, folder, {"label": label, "step": step, "system": system})
 
 
-def evaluate_bm25(suites: list[str], folder: Path) -> dict[str, dict[str, float]]:
-    """Score BM25 in the same way; code is split at underscores and changes of case, prose is stemmed."""
+def evaluate_bm25(suites: list[str], folder: Path, cache: Path | None = None) -> dict[str, dict[str, float]]:
+    """Score BM25 in the same way; code is split at underscores and changes of case, prose is stemmed.
+
+    `cache`: keeps the index of each collection (toolkit.bm25.bm25_index).
+    """
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
         queries = list(task.collection.queries.values())[own]
-        return bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates)
+        return bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates, cache=cache)
 
     system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
     return _evaluate(rank_documents, suites, folder, {"label": "BM25", "step": None, "system": system})
