@@ -127,7 +127,7 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
     counts and quantiles of the scores, SHA-256 of pairs.jsonl.
 
     Raises:
-        ValueError: if no row has a negative.
+        ValueError: if rows lack negatives and none was mined.
     """
     digest = hashlib.sha256()
     with (folder / ROWS).open("wb") as file:
@@ -145,7 +145,7 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
         "rows_with_none": int((have == 0).sum()),
         "scored_too_high": int(mined.too_high.sum()),
     }
-    if counts["rows_with_none"] == counts["rows"]:
+    if not counts["mined"] and counts["rows_with_fewer"]:
         raise ValueError(
             f"no row got a negative ({counts['scored_too_high']:,} passages scored too high); widen ranks, or raise "
             "max_share or max_score"

@@ -22,7 +22,7 @@ from toolkit.files import replacing_folder
 from toolkit.mining import Mined, Search, bm25_search, check_mined, digest_of_all, mine, retriever_search, write_mined
 from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_pairs import limited_pairs
-from toolkit.prepare_sources import check_unchanged, known_sources
+from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import Bm25Mine, Data, Fields, FolderSource, Mine, RecipeError, RetrieverMine, source_name
 
 _LAYOUT = 1  # of what is kept; one more makes older folders unread
@@ -46,15 +46,16 @@ def with_negatives(data: Data, previous: Path | None, run: Path, seed: int, devi
     if settings is None:
         return data
 
+    known: list[KnownSource] = []  # on rank 0
+
     def find() -> list[Any]:
-        known = known_sources(data.sources, run.parent / "prepared")
+        known.extend(known_sources(data.sources, run.parent / "prepared"))
         folder = run / "prepared" / f"mined_{_key(data, [source.content for source in known], previous, seed)}"
-        check_unchanged(known)
         return [str(folder), folder.is_dir()]
 
     name, there = together(find)
     if not there:
-        _mine_all(data, previous, Path(name), seed, device)
+        _mine_all(data, known, previous, Path(name), seed, device)
     sources = [_mined_source(source, Path(name) / str(number)) for number, source in enumerate(data.sources)]
     together(lambda: [_check(Path(source.folder)) for source in sources])
     return data.model_copy(update={"sources": sources, "mine": None})
@@ -93,7 +94,14 @@ def about_export(folder: Path) -> dict[str, Any]:
     return {key: read_record(folder)[key] for key in ("weights_sha256", "settings", "dtype")}
 
 
-def _mine_all(data: Data, previous: Path | None, folder: Path, seed: int, device: torch.device | str) -> None:
+def _mine_all(
+    data: Data,
+    sources: list[KnownSource],
+    previous: Path | None,
+    folder: Path,
+    seed: int,
+    device: torch.device | str,
+) -> None:
     settings = data.mine
     assert settings is not None
     every = on_every_rank(
@@ -124,6 +132,7 @@ def _mine_all(data: Data, previous: Path | None, folder: Path, seed: int, device
                 except ValueError as error:
                     raise RecipeError(f"data.mine: source {number}: {error}") from None
                 print(f"data.sources.{number}: {line}", flush=True)
+            check_unchanged(sources)
 
     together(write)
 
