@@ -39,6 +39,7 @@ def test_the_shipped_recipes_are_these():
         "supervised_7b.json",
         "tiny/contrastive.json",
         "tiny/language_model.json",
+        "tiny/mined.json",
         "tiny/recontriever.json",
         "tiny/revela.json",
     ]
