@@ -28,28 +28,7 @@ NOT_DEALT = "only documents whose passages are dealt (interleave) have neighbour
 Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
 KEYS_OF_A_STEP = "is no multiple of the 32 keys of a step (views x pool x pools_per_step)"
 NVME_STAGE = 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
-MINE = {"by": "previous", "ranks": [1, 20], "negatives": 3}
 CROSS = {
-    "mined negatives of a method without pairs": (
-        [("stages.0.data.mine", MINE)],
-        [
-            f"stages.0.data.mine: {NO_PAIRS}",
-            'stages.0.data.mine.by: there is no stage before the first; write {"by": "bm25", "text": ...}',
-            "stages.0.data.negatives: of 3 mined negatives a row takes 1 to 3; set it so",
-        ],
-    ),
-    "mined negatives that nobody takes": (
-        second("contrastive", data__mine=MINE),
-        ["stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; set it so"],
-    ),
-    "more negatives than are mined": (
-        second("contrastive", data__mine=MINE, data__negatives=4),
-        ["stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; set it so"],
-    ),
-    "ranks that hold too few": (
-        second("contrastive", data__mine=MINE | {"ranks": [4, 5]}, data__negatives=1),
-        ["stages.1.data.mine.ranks: 4 to 5 hold fewer than 3 negatives; widen them"],
-    ),
     "stage name twice": (
         [("stages.1.name", "language_model")],
         ["stages.1.name: 'language_model' names an earlier stage too; give each stage its own name"],
@@ -351,10 +330,6 @@ def test_what_the_cross_checks_must_let_through(tmp_path):
             data__mix="pools",
         ),
         second("contrastive", data__sources=[PAIRS | {"limit": 3, "query_prefix": "q"}], data__negatives=2),
-        second("contrastive", data__mine=MINE | {"ranks": [3, 5]}, data__negatives=3),
-        second(
-            "contrastive", data__mine=MINE | {"by": "bm25", "text": "code"}, data__negatives=1, start={"hub": "a/b"}
-        ),
         second("contrastive", objective__directions=[Q_TO_D, D_TO_Q], objective__partition="joint"),
         second("contrastive", objective__learn_temperature=True, objective__temperature=0.01),
         second("contrastive", objective__temperature=0.001, objective__matryoshka=[32, 8]),
