@@ -78,7 +78,7 @@ def score_bm25(recipe: Recipe, run: Path) -> None:
 
     suites = _suites(recipe)
     if suites and not on_rank_zero(lambda: bm25_is_scored(recipe, run)):
-        evaluate_bm25(suites, run / "bm25" / "eval", cache=run.parent / "prepared")
+        evaluate_bm25(suites, run / "bm25" / "eval", run.parent / "prepared")
         on_rank_zero(lambda: _finish(run / "bm25", {"suites": suites}))
 
 

@@ -51,6 +51,15 @@ def test_shared_documents_are_embedded_once(folder: Path, tmp_path: Path):
     assert sum(rows) == len(set(task.collection.documents.values())) + 6 + 5
 
 
+def test_shared_documents_are_indexed_once(folder: Path, tmp_path: Path, monkeypatch):
+    made = []
+    build = run.bm25._index
+    monkeypatch.setattr(run.bm25, "_index", lambda words, code: made.append(code) or build(words, code))
+    suites, cache = [str(folder), f"{folder}:dev"], tmp_path / "cache"
+    scores = [evaluate_bm25(suites, tmp_path / "out", cache) for _ in range(2)]
+    assert len(made) == 1 and scores[0] == scores[1] == evaluate_bm25(suites, tmp_path / "out")
+
+
 def test_two_folders_of_one_name(folder: Path, tmp_path: Path):
     other = write_beir(tmp_path / "other" / "small", num_documents=50)
     with pytest.raises(RecipeError, match="two different collections are called small:test"):
