@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from beir import write_beir
+from distributed import run_on_ranks
 from tiny_retriever import CASES, make
 
 from toolkit import prepare_negatives as module
@@ -143,3 +144,25 @@ def test_what_cannot_be_mined_is_one_line(folder: Path, exports: list[Path], tmp
     path.write_text(path.read_text().replace("w1", "w2"))
     with pytest.raises(RecipeError, match=rf"^{path.parent.parent}: is damaged .* delete it, and it is made again$"):
         with_negatives(data_of(beir(folder)), None, run, 0, "cpu")
+
+
+def test_every_rank_gets_the_same_rows_or_the_same_error(folder: Path, exports: list[Path], tmp_path: Path):
+    """Of five and of six rows; the third data give no row a negative."""
+    asked = [
+        data_of(beir(folder), beir(folder, "test"), mine=PREVIOUS),
+        data_of(beir(folder), mine=BM25),
+        data_of(beir(folder), mine=BM25 | {"max_score": -1.0}),
+    ]
+    request = {
+        "run": str(tmp_path / "ranks"),
+        "export": str(exports[0]),
+        "data": [data.model_dump(mode="json") for data in asked],
+    }
+    one, other = run_on_ranks("negatives_ranks.py", 2, request, tmp_path, timeout=120)
+    assert one == other and one[2].startswith("data.mine: source 0: no row got a negative (")
+    for data, answer in zip(asked[:2], one[:2], strict=True):
+        here = with_negatives(data, exports[0], tmp_path / "run", 0, "cpu")
+        for source, raw in zip(here.sources, json.loads(answer), strict=True):
+            assert isinstance(source, FolderSource) and raw["folder"] != source.folder
+            rows = [(Path(place) / "pairs.jsonl").read_bytes() for place in (source.folder, raw["folder"])]
+            assert rows[0] == rows[1] and len(rows[0].splitlines()) in (5, 6)
