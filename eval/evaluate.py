@@ -93,16 +93,19 @@ def evaluate(
     return scores
 
 
-def evaluate_bm25(suites: list[str], folder: Path, changes: EvalSettings | None = None) -> dict[str, dict[str, float]]:
+def evaluate_bm25(
+    suites: list[str], folder: Path, changes: EvalSettings | None = None, cache: Path | None = None
+) -> dict[str, dict[str, float]]:
     """Score BM25 in the same way; code is split at underscores and changes of case, prose is stemmed.
 
-    Tasks without a search (clustering and so on) are left out and named in metrics.json.
+    Tasks without a search (clustering and so on) are left out and named in metrics.json. `cache` keeps the index of
+    each collection (toolkit.bm25.bm25_index).
     """
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
         queries = list(task.collection.queries.values())[own]
-        return bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates)
+        return bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates, cache=cache)
 
     system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
     record = {"label": "BM25", "step": None, "system": system, "identical_ids": changes.identical_ids}

@@ -106,7 +106,7 @@ def score_bm25(recipe: Recipe, run: Path) -> None:
     if suites and not on_rank_zero(lambda: bm25_is_scored(recipe, run)):
         changes = recipe.stages[0].eval
         record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": changes.identical_ids}
-        evaluate_bm25(suites, run / "bm25" / "eval", changes)
+        evaluate_bm25(suites, run / "bm25" / "eval", changes, run.parent / "prepared")
         on_rank_zero(lambda: _finish(run / "bm25", record))
 
 

@@ -1,11 +1,15 @@
 """BM25: the formula, the two ways to find words, ties and places without a document."""
 
+import json
 import math
+from pathlib import Path
 
+import bm25s
 import numpy as np
 import pytest
 
-from toolkit.bm25 import QUERY_WORDS, SETTINGS, bm25_neighbours, bm25_top_k, code_words, prose_words
+from toolkit import bm25
+from toolkit.bm25 import QUERY_WORDS, SETTINGS, bm25_index, bm25_neighbours, bm25_top_k, code_words, prose_words
 
 DOCUMENTS = [
     "readFile path",
@@ -97,3 +101,72 @@ def test_a_document_looks_for_its_rarest_shared_words():
     assert bm25_neighbours(more, 5, code=True)[0].tolist() == [4, -1, -1, -1, -1]  # the common words are not asked for
     with pytest.raises(ValueError, match="no document has a word"):
         bm25_neighbours(["", "!"], 1, code=False)
+
+
+# --------------------------------------------------------------------------- the cache
+
+
+def search(cache: Path | None, documents: list[str] = DOCUMENTS, code: bool = True) -> list[list[list[float]]]:
+    queries = ["path of the file", "", "write files"]
+    return [found.tolist() for found in bm25_top_k(documents, queries, 6, code=code, cache=cache)]
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for every index that is made and not read."""
+    made: list[bool] = []
+    build = bm25._index
+    monkeypatch.setattr(bm25, "_index", lambda words, code: made.append(code) or build(words, code))
+    return made
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_a_cached_index_is_made_once_and_gives_the_same(code: bool, tmp_path: Path, builds: list[bool]):
+    plain = search(None, code=code)
+    assert [search(tmp_path, code=code) for _ in range(3)] == [plain] * 3
+    assert builds == [code] * 2  # without the cache, and the first time with it
+    (folder,) = tmp_path.iterdir()
+    assert {path.suffix for path in folder.iterdir()} == {".npy", ".json"}
+    for path in folder.glob("*.npy"):
+        np.load(path, allow_pickle=False)
+
+
+def test_other_documents_order_or_settings_have_an_index_of_their_own(
+    tmp_path: Path, builds: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    joined = ["readFile pathread_file path path", *DOCUMENTS[2:]]  # the same characters, another boundary
+    for documents in (DOCUMENTS, DOCUMENTS[::-1], DOCUMENTS[:-1], joined):
+        assert search(tmp_path, documents) == search(None, documents)
+    search(tmp_path, code=False)
+    monkeypatch.setitem(SETTINGS, "code", (0.9, 0.4))
+    assert search(tmp_path) == search(None)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut", "gone", "no digests", "other digests", "swapped"])
+def test_a_damaged_index_is_made_anew_and_never_used(harm: str, tmp_path: Path, builds: list[bool]):
+    plain = search(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    scores, digests = folder / "data.csc.index.npy", folder / "digests.json"
+    if harm == "altered":
+        np.save(scores, np.load(scores) * 2)
+    elif harm == "cut":
+        scores.write_bytes(scores.read_bytes()[:-1])
+    elif harm == "gone":
+        scores.unlink()
+    elif harm == "no digests":
+        digests.unlink()
+    elif harm == "other digests":
+        digests.write_text(json.dumps(dict.fromkeys(json.loads(digests.read_text()), "0")))
+    else:  # the words are numbered anew
+        words = folder / "vocab.index.json"
+        numbers = json.loads(words.read_text())
+        words.write_text(json.dumps(dict(zip(numbers, reversed(numbers.values()), strict=True))))
+    if harm in ("altered", "swapped"):  # the library itself reads it as if nothing were wrong
+        broken = bm25s.BM25.load(folder, load_corpus=False)
+        whole = bm25_index(DOCUMENTS, code=True)
+        assert any((broken.get_scores([word]) != whole.get_scores([word])).any() for word in ("file", "write"))
+    builds.clear()
+    assert search(tmp_path) == plain and builds == [True]
+    assert search(tmp_path) == plain and builds == [True]  # it is whole again
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]

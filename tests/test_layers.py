@@ -35,6 +35,9 @@ OURS = {
     "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
     "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
     "toolkit.prepare_neighbours": ABOVE_MODELS | {"toolkit.prepare"},
+    "toolkit.mining": ABOVE_MODELS | {"toolkit.prepare"},
+    "toolkit.prepare_negatives": ABOVE_MODELS
+    | {"toolkit.prepare", "toolkit.prepare_pairs", "toolkit.prepare_sources", "toolkit.mining", "toolkit.export"},
     "toolkit.last_words": set(),
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS

@@ -29,6 +29,7 @@ def test_the_shipped_recipes_are_these():
         "contriever_bert_base.json",
         "crops_compared.json",
         "fewshot.json",
+        "mined.json",
         "pools_1b.json",
         "pools_compared.json",
         "pools_start.json",
@@ -40,6 +41,7 @@ def test_the_shipped_recipes_are_these():
         "supervised_7b.json",
         "tiny/contrastive.json",
         "tiny/language_model.json",
+        "tiny/mined.json",
         "tiny/recontriever.json",
         "tiny/revela.json",
     ]
@@ -127,3 +129,14 @@ def keys(value) -> set[str]:
     if isinstance(value, list):
         return {key for item in value for key in keys(item)}
     return set(value) | keys(list(value.values())) if isinstance(value, dict) else set()
+
+
+def test_mining_is_compared_with_as_many_steps_without_it():
+    """Two chains that differ in what is mined alone, on the same rows in the same order."""
+    recipe = load_recipe(RECIPES / "mined.json")
+    kept = [stage.model_dump(exclude={"name", "description"}) for stage in recipe.stages]
+    mined, unmined = kept[2]["data"], kept[5]["data"]
+    assert kept[:2] == kept[3:5] and kept[2] != kept[5]
+    assert (mined.pop("mine")["by"], mined.pop("negatives")) == ("previous", 1)
+    assert (unmined.pop("mine"), unmined.pop("negatives")) == (None, 0)
+    assert kept[2] == kept[5] and data_seed(recipe, 2) == data_seed(recipe, 5)

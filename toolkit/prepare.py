@@ -311,7 +311,7 @@ def _cut(text: str, data: Data) -> list[str]:
 def data_digest(data: Data, known: list[KnownSource]) -> str:
     """16 hex digits of what the sources hold, wherever they lie, and of how it is read and cut."""
     sources = [[source.model_dump(mode="json", exclude={"folder"}), content] for source, _, content in known]
-    settings = data.model_dump(mode="json", exclude={"sources", "neighbours", "near_duplicates"})
+    settings = data.model_dump(mode="json", exclude={"sources", "neighbours", "near_duplicates", "mine"})
     return hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()[:16]
 
 

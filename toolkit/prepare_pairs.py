@@ -103,7 +103,7 @@ def _records(data: Data, seed: int, counts: list[Counter[str]]) -> Iterator[tupl
     """(source number, row) of all sources."""
     for number, source in enumerate(data.sources):
         some = False
-        for record in _rows(source, number, seed, counts[number]):
+        for record in limited_pairs(source, number, seed, counts[number]):
             some = True
             yield number, record
         if not some:
@@ -112,7 +112,7 @@ def _records(data: Data, seed: int, counts: list[Counter[str]]) -> Iterator[tupl
             )
 
 
-def _rows(source: PairSource, number: int, seed: int, counts: Counter[str]) -> Iterator[PairRecord]:
+def limited_pairs(source: PairSource, number: int, seed: int, counts: Counter[str]) -> Iterator[PairRecord]:
     """A source's rows or, with a limit, the first so many of a permutation of them, in the source's order."""
     if source.limit is None:
         yield from read_pairs(source, counts)

@@ -402,6 +402,41 @@ class NearDuplicates(Section):
     )
 
 
+class MineSettings(Section):
+    """Which of the passages that a search finds for a row's query become its hard negatives."""
+
+    ranks: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+        description="First and last rank that negatives come from; known positives of the query have none."
+    )
+    negatives: Positive = Field(
+        description="Hard negatives of a row, its own included; drawn at random from those ranks by the seed."
+    )
+    max_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Leave out passages that score above this share of the row's positives' lowest score "
+        "(NV-Retriever, 2407.15831: 0.95); null: none.",
+    )
+    max_score: float | None = Field(None, description="Leave out passages that score above this; null: none.")
+
+
+class Bm25Mine(MineSettings):
+    """Hard negatives by BM25, each source searched for itself, before the stage trains."""
+
+    by: Literal["bm25"]
+    text: Literal["prose", "code"] = Field(
+        description="prose: English stop words removed, words stemmed; code: words split at underscores and case."
+    )
+
+
+class RetrieverMine(MineSettings):
+    """Hard negatives by the export of the stage before, each source searched for itself, before the stage trains."""
+
+    by: Literal["previous"]
+
+
+Mine = Annotated[Bm25Mine | RetrieverMine, Field(discriminator="by")]
+
+
 class Data(Section):
     sources: Annotated[list[Source], Field(min_length=1)] = Field(
         description="Read one after another; pairs of several sources are mixed."
@@ -424,6 +459,7 @@ class Data(Section):
     mix: Literal["rows", "pools"] | None = Field(
         None, description="Several sources of pairs: rows of all in every pool, or one source per pool."
     )
+    mine: Mine | None = Field(None, description="Search for hard negatives of the rows (pairs); null: their own alone.")
 
 
 # --------------------------------------------------------------------------- batch, optimizer, engine

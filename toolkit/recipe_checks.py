@@ -14,9 +14,11 @@ from toolkit.recipe import (
     FolderSource,
     HubSource,
     LanguageModelObjective,
+    MineSettings,
     NvmeOffload,
     Recipe,
     ReContrieverObjective,
+    RetrieverMine,
     RevelaObjective,
     SourceSettings,
     Stage,
@@ -45,6 +47,7 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _check_starts(at, stage, before)
         yield from _check_lengths(at, stage, recipe.stages[: index + 1])
         yield from _check_data(f"{at}.data", stage)
+        yield from _check_mine(f"{at}.data", stage.data, before)
         yield from _check_zero(f"{at}.zero", stage.zero)
         if stage.encoder.pooling == "eos" and not stage.encoder.append_eos:
             yield f"{at}.encoder.append_eos", "pooling eos reads the end token; set append_eos to true"
@@ -193,7 +196,7 @@ def _format(source: HubSource | FolderSource | StdlibSource) -> str:
 def _check_pairs(at: str, data: Data, pairs: bool) -> Iterator[tuple[str, str]]:
     """Keys that only sources of pairs have, and weights that go together."""
     if not pairs:
-        for key in ("positives", "negatives", "mix"):
+        for key in ("positives", "negatives", "mix", "mine"):
             if getattr(data, key) != Data.model_fields[key].default:
                 yield f"{at}.{key}", "belongs to sources of pairs; remove the key"
         for number, source in enumerate(data.sources):
@@ -207,6 +210,26 @@ def _check_pairs(at: str, data: Data, pairs: bool) -> Iterator[tuple[str, str]]:
         yield f"{at}.mix", 'missing; write "rows" (all sources in every pool) or "pools" (one source per pool)'
     if len(data.sources) == 1 and data.mix is not None:
         yield f"{at}.mix", "there is one source; remove the key"
+
+
+def _check_mine(at: str, data: Data, before: Stage | None) -> Iterator[tuple[str, str]]:
+    """Mined negatives come from somewhere and are used."""
+    mine = data.mine
+    if mine is None:
+        return
+    if problem := ranks_problem(mine):
+        yield f"{at}.mine.ranks", problem
+    if isinstance(mine, RetrieverMine) and before is None:
+        yield f"{at}.mine.by", 'there is no stage before the first; write {"by": "bm25", "text": ...}'
+    if not 0 < data.negatives <= mine.negatives:
+        yield f"{at}.negatives", f"of {mine.negatives} mined negatives a row takes 1 to {mine.negatives}; set it so"
+
+
+def ranks_problem(mine: MineSettings) -> str:
+    """What is wrong with the ranks that hard negatives come from; empty if nothing is."""
+    first, last = mine.ranks
+    short = last - first + 1 < mine.negatives
+    return f"{first} to {last} hold fewer than {mine.negatives} negatives; widen them" if short else ""
 
 
 def _check_decay(at: str, decay: TemperatureDecay, steps: int) -> Iterator[tuple[str, str]]:

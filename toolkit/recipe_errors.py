@@ -108,15 +108,20 @@ def _explain(root: type[BaseModel], error: Any) -> tuple[str, str, str | None]:
             return path, f"missing; add this key{about}", None
         case "union_tag_invalid":
             hint, _ = _did_you_mean(str(error["ctx"]["tag"]), re.findall(r"'(\w+)'", error["ctx"]["expected_tags"]))
-            return f"{path}.name", f"{error['ctx']['tag']!r} is unknown; {hint}", None
+            return f"{path}.{_discriminator(error)}", f"{error['ctx']['tag']!r} is unknown; {hint}", None
         case "union_tag_not_found":
-            return f"{path}.name", "missing; add this key", None
+            return f"{path}.{_discriminator(error)}", "missing; add this key", None
         case "string_pattern_mismatch":
             return path, f"{_shown(error['input'])} is no name; use letters, digits, '_', '-' and '.'", None
         case "model_type" | "model_attributes_type" | "dict_type":
             return path, f"must be a section; write {{...}} in place of {_shown(error['input'])}", None
         case _:
             return path, f"{error['msg'][0].lower()}{error['msg'][1:]}; found {_shown(error['input'])}", None
+
+
+def _discriminator(error: Any) -> str:
+    """The key whose value says which section of a union is meant."""
+    return error["ctx"]["discriminator"].strip("'")
 
 
 def _place(root: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str, set[type[BaseModel]]]:
@@ -141,8 +146,8 @@ def _sections(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | N
     """Every section that can stand at an annotation (through lists, options and unions), with its tag in the union."""
     if isinstance(annotation, type) and not get_args(annotation):
         if issubclass(annotation, BaseModel):
-            name = annotation.model_fields.get("name")
-            fixed = get_args(name.annotation) if name and get_origin(name.annotation) is Literal else ()
+            keys = [annotation.model_fields[key].annotation for key in ("name", "by") if key in annotation.model_fields]
+            fixed = [get_args(value)[0] for value in keys if get_origin(value) is Literal]
             yield (fixed[0] if fixed else tag), annotation
         return
     for part in get_args(annotation):

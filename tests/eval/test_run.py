@@ -15,6 +15,7 @@ from eval import evaluate as evaluation
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.run import main
 from eval.suites import load_suite
+from toolkit import bm25
 from toolkit.recipe import RecipeError
 
 
@@ -74,6 +75,15 @@ def test_vectors_are_kept_where_asked(dtype, folder: Path, tmp_path: Path):
     assert np.load(file, allow_pickle=False).dtype.name == f"float{dtype[2:]}"
     system = json.loads((tmp_path / "a" / "metrics.json").read_text())["system"]
     assert (system["vectors"], system["checkpoint"]) == (dtype, next(kept.iterdir()).name)
+
+
+def test_shared_documents_are_indexed_once(folder: Path, tmp_path: Path, monkeypatch):
+    made = []
+    build = bm25._index
+    monkeypatch.setattr(bm25, "_index", lambda words, code: made.append(code) or build(words, code))
+    suites, cache = [str(folder), f"{folder}:dev"], tmp_path / "cache"
+    scores = [evaluate_bm25(suites, tmp_path / "out", cache=cache) for _ in range(2)]
+    assert len(made) == 1 and scores[0] == scores[1] == evaluate_bm25(suites, tmp_path / "out")
 
 
 def test_two_folders_of_one_name(folder: Path, tmp_path: Path):

@@ -76,3 +76,38 @@ def test_neighbours_and_near_duplicates_of_a_run(tmp_path: Path, monkeypatch: py
     shares = [line["near_duplicates"] for line in logged[STEPS:]]
     assert all(0 <= share <= 1 for share in shares) and sum(shares) > 0
     assert all(line["loss"] > 0 and math.isfinite(line["grad_norm"]) for line in logged)
+
+
+@pytest.mark.usefixtures("part_of_the_corpus")
+def test_a_stage_on_negatives_that_the_one_before_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Train, mine, train; then on from the middle of the last stage, whose rows are mined again."""
+    recipe = json.loads((RECIPES / "tiny" / "mined.json").read_text())
+    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("data.sources.0: mined: ") == 1
+    run = tmp_path / "run"
+    last = run / "stage_2_mined"
+    weights = load_file(last / "export" / "adapter_model.safetensors")
+    (mined,) = (run / "prepared").glob("mined_*")
+    record = json.loads((mined / "0" / "mined.json").read_text())
+    before = json.loads((run / "stage_1_supervised" / "export" / "export.json").read_text())
+    assert record["by"]["weights_sha256"] == before["weights_sha256"] and record["counts"]["mined"] > 100
+    stores = [json.loads(path.read_text()) for path in (tmp_path / "prepared").glob("pairs_*/meta.json")]
+    assert sorted(store["hard_negatives"] for store in stores) == [0, record["counts"]["mined"]]
+
+    def log() -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["stage"] == "mined"]
+
+    first = log()
+    assert [line["step"] for line in first] == [1, 2, 3, 4]
+    (last / "done.json").unlink()
+    shutil.rmtree(last / "checkpoints" / "step_00000004")
+    shutil.rmtree(mined)
+    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("data.sources.0: mined: ") == 1
+    for line, again in zip(first, log()[-4:], strict=True):
+        assert all(line[key] == again[key] for key in ("loss", "grad_norm", "rows"))
+    resumed = load_file(last / "export" / "adapter_model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())

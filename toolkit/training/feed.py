@@ -22,10 +22,12 @@ from toolkit.data.tokens import frame, pad_id
 from toolkit.models.backbone import load_tokenizer
 from toolkit.prepare import ModelSource, prepare_passages
 from toolkit.prepare_crops import prepare_crops
+from toolkit.prepare_negatives import with_negatives
 from toolkit.prepare_neighbours import prepare_bundles
 from toolkit.prepare_pairs import prepare_pairs
 from toolkit.recipe import (
     ContrastiveObjective,
+    Data,
     LanguageModelObjective,
     Recipe,
     RecipeError,
@@ -48,6 +50,11 @@ class Feed(NamedTuple):
     examples: list[str]
 
 
+def stage_folder(run: Path, recipe: Recipe, index: int) -> Path:
+    """The folder of a stage below the run folder."""
+    return run / f"stage_{index}_{recipe.stages[index].name}"
+
+
 def open_feed(
     recipe: Recipe,
     index: int,
@@ -62,7 +69,7 @@ def open_feed(
     Args:
         tokenizer: the retriever's.
         lm: Revela's language model.
-        device: where documents are embedded, if the recipe asks for it.
+        device: where texts are embedded, if the recipe asks for it.
 
     Raises:
         RecipeError: for data that is malformed, empty or too small, the same on every rank.
@@ -95,15 +102,16 @@ def _open(
     stage, seed = recipe.stages[index], data_seed(recipe, index)
     match stage.objective:
         case ContrastiveObjective():
-            return _pairs(stage, recipe.seed, seed, run, tokenizer, retriever.folder)
+            previous = stage_folder(run, recipe, index - 1) / "export" if index else None
+            data = with_negatives(stage.data, previous, run, recipe.seed, device)
+            return _pairs(stage, data, recipe.seed, seed, run, tokenizer, retriever.folder)
         case ReContrieverObjective():
             return _crops(stage, stage.objective, seed, run, tokenizer, retriever.folder)
         case LanguageModelObjective() | RevelaObjective():
             return _passages(stage, seed, run, retriever, device, _reader(stage, tokenizer, lm))
 
 
-def _pairs(stage: Stage, limit_seed: int, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
-    data = stage.data
+def _pairs(stage: Stage, data: Data, limit_seed: int, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
     store = prepare_pairs(data, stage.encoder, folder, run, limit_seed)  # limits of several stages are nested
     weights = [source.weight for source in data.sources if source.weight is not None]
     plan = PairPlan(store.sizes, weights or None, stage.batch.pool, data.mix, seed)

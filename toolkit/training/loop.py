@@ -37,7 +37,7 @@ from toolkit.recipe import (
 from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
 from toolkit.training.costs import Costs, training_costs
 from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
-from toolkit.training.feed import Feed, open_feed
+from toolkit.training.feed import Feed, open_feed, stage_folder
 from toolkit.training.metrics import Log, peak_memory_gib
 from toolkit.training.numbers import derived, render
 
@@ -60,11 +60,6 @@ class Sources(NamedTuple):
 
     retriever: ModelSource
     language_model: ModelSource | None
-
-
-def stage_folder(run: Path, recipe: Recipe, index: int) -> Path:
-    """The folder of a stage below the run folder."""
-    return run / f"stage_{index}_{recipe.stages[index].name}"
 
 
 def stage_sources(recipe: Recipe, index: int, run: Path) -> Sources:

@@ -1,0 +1,142 @@
+"""The command toolkit.mine: from a folder in BEIR layout and from rows, on one rank and on two, and what it refuses."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from beir import write_beir
+from distributed import launch
+from retrievers import tiny_retriever
+from tiny_retriever import CASES, make
+
+from toolkit import mine as module
+from toolkit.data.negatives import plain
+from toolkit.data.pair_records import PairRecord, read_pairs
+from toolkit.mine import main
+from toolkit.recipe import FolderSource
+
+WINDOW = ["--ranks", "1", "30", "--negatives", "3", "--seed", "1"]
+BM25 = ["bm25", "--text", "prose"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_beir(tmp_path / "small")
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(CASES["bert_full"], tmp_path_factory.mktemp("base")).write(tmp_path_factory.mktemp("out") / "export")
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs_of(output: Path) -> list[PairRecord]:
+    return list(read_pairs(FolderSource.model_validate({"folder": str(output), "format": "pairs"}), Counter()))
+
+
+def test_a_beir_folder_is_mined_over_its_corpus(folder: Path, tmp_path: Path, capsys):
+    output = tmp_path / "mined"
+    assert main([*BM25, "--pairs", str(folder), "--split", "dev", "--output", str(output), *WINDOW]) == 0
+    rows = pairs_of(output)
+    judged = FolderSource.model_validate({"folder": str(folder), "format": "beir", "split": "dev"})
+    given = list(read_pairs(judged, Counter()))
+    assert [row[:2] for row in rows] == [row[:2] for row in given]
+    corpus = {f"{row['title']} {row['text']}".strip() for row in map(json.loads, (folder / "corpus.jsonl").open())}
+    beyond = 0
+    for row, judged_row in zip(rows, given, strict=True):
+        assert len(row.negatives) == 3 and row.negatives[:1] == judged_row.negatives
+        assert set(row.negatives) <= corpus and not {plain(t) for t in row.negatives} & {
+            plain(t) for t in row.positives
+        }
+        beyond += len(set(row.negatives) - {text for other in given for text in (*other.positives, *other.negatives)})
+    assert beyond > 0  # passages that no row names
+    record = json.loads((output / "mined.json").read_text())
+    assert record["by"]["bm25"] == "prose" and record["settings"]["ranks"] == [1, 30] and record["seed"] == 1
+    assert np.load(output / "scores.npy", allow_pickle=False).shape == (5, 4)
+    assert sorted(path.name for path in output.iterdir()) == ["mined.json", "pairs.jsonl", "scores.npy"]
+    assert "mined: 10 hard negatives for 5 rows from " in capsys.readouterr().out
+
+
+def test_rows_are_mined_over_a_corpus_beside_them(tmp_path: Path):
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl",
+        {"query": "a red fish", "pos": ["The red fish swims"]},
+        {"query": "a red fish", "pos": ["Fish of red colour"]},
+        {"query": "green stones", "pos": ["stones that are green"]},
+    )
+    more = ["the RED fish  swims", "fish of red colour", "red cars", "fish and chips", "a red fish", "blue stones"]
+    corpus = write_rows(tmp_path / "corpus.jsonl", *({"text": text} for text in more))
+    arguments = ["--pairs", str(pairs), "--output", str(tmp_path / "a"), *WINDOW]
+    assert main([*BM25, *arguments, "--corpus", str(corpus)]) == 0
+    expected = [{"red cars", "fish and chips"}, {"red cars", "fish and chips"}, {"blue stones"}]
+    assert [set(row.negatives) for row in pairs_of(tmp_path / "a")] == expected  # no copy of a positive, or the query
+    main([*BM25, *arguments[:2], "--output", str(tmp_path / "b"), *WINDOW])
+    assert not (tmp_path / "b").exists()  # without the corpus no row has a negative
+
+
+def test_one_and_two_ranks_write_the_same_file(folder: Path, export: Path, tmp_path: Path):
+    """Six rows over two ranks; another seed draws others (control)."""
+
+    def mined(name: str, *arguments: str, ranks: int = 1) -> bytes:
+        given = [*arguments, "--pairs", str(folder), "--split", "test", "--output", str(tmp_path / name), *WINDOW[:-1]]
+        seed = "2" if name.startswith("other") else "1"
+        if ranks == 1:
+            assert main([*given, seed]) == 0
+        else:
+            done = launch("--module", ranks, "toolkit.mine", *given, seed, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return (tmp_path / name / "pairs.jsonl").read_bytes()
+
+    by_retriever = mined("dense", str(export))
+    assert mined("dense_of_two", str(export), ranks=2) == by_retriever
+    assert mined("other", str(export)) != by_retriever
+    scores = [np.load(tmp_path / name / "scores.npy") for name in ("dense", "dense_of_two")]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+    record = json.loads((tmp_path / "dense_of_two" / "mined.json").read_text())
+    assert record["by"]["weights_sha256"] == json.loads((export / "export.json").read_text())["weights_sha256"]
+
+
+def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    arguments = {"--pairs": str(folder), "--split": "dev", "--output": str(tmp_path / "out")}
+    window = {"--ranks": "1 30", "--negatives": "3", "--seed": "1"}
+    cases = [
+        (["bm25"], {}, "--text says what bm25 reads, prose or code; give it with bm25 and with nothing else"),
+        ([str(tmp_path), "--text", "code"], {}, "--text says what bm25 reads"),
+        (BM25, {"--ranks": "0 5"}, "--ranks: input should be greater than 0"),
+        (BM25, {"--ranks": "4 5"}, "--ranks: 4 to 5 hold fewer than 3 negatives; widen them"),
+        (BM25, {"--max-share": "1.5"}, "--max-share: input should be less than or equal to 1"),
+        (BM25, {"--split": "train"}, f"data.sources: {folder} has no qrels/train.tsv; set split to dev or test"),
+        (BM25, {"--pairs": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),
+        (BM25, {"--corpus": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),
+        (BM25, {"--output": str(taken)}, f"{taken}: is there already; choose another --output, or delete it"),
+        (BM25, {"--max-score": "-1"}, "no row got a negative ("),
+        ([str(tmp_path)], {}, f"{tmp_path}: is no export (no export.json); give the export/ folder of a stage"),
+    ]
+    for what, changes, problem in cases:
+        given = [word for key, value in (arguments | window | changes).items() for word in (key, *value.split(" "))]
+        assert main([*what, *given]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1 and error[0].startswith(f"error: {problem}"), error
+        assert not (tmp_path / "out").exists() and [path.name for path in taken.iterdir()] == ["file"]
+
+
+def test_vectors_that_are_not_finite_are_refused(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    broken = tiny_retriever()
+    broken.encoder.backbone.norm.weight.data[0] = float("nan")
+    monkeypatch.setattr(module, "load_export", lambda *_: broken)
+    monkeypatch.setattr(module, "about_export", lambda _: {})
+    given = ["--pairs", str(folder), "--split", "dev", "--output", str(tmp_path / "out"), *WINDOW]
+    assert main(["export", *given]) == 2 and "vectors are not finite" in capsys.readouterr().err
+    monkeypatch.setattr(module, "load_export", lambda *_: tiny_retriever())
+    assert main(["export", *given]) == 0
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,62 @@
+"""toolkit/recipe.py: what data.mine must agree on with the rest of a stage."""
+
+from typing import Any
+
+import pytest
+from recipe_changes import changed, problems, write
+from test_recipe_checks import NO_PAIRS, second
+
+from toolkit.recipe import Bm25Mine, RetrieverMine, load_recipe
+
+MINE: dict[str, Any] = {"by": "previous", "ranks": [1, 20], "negatives": 3}
+BM25: dict[str, Any] = MINE | {"by": "bm25", "text": "code"}
+NOT_TAKEN = "stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; set it so"
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            [("stages.0.data.mine", MINE), ("stages.0.data.negatives", 1)],
+            [
+                f"stages.0.data.negatives: {NO_PAIRS}",
+                f"stages.0.data.mine: {NO_PAIRS}",
+                'stages.0.data.mine.by: there is no stage before the first; write {"by": "bm25", "text": ...}',
+            ],
+        ),
+        (second("contrastive", data__mine=MINE), [NOT_TAKEN]),
+        (second("contrastive", data__mine=MINE, data__negatives=4), [NOT_TAKEN]),
+        (
+            second("contrastive", data__mine=MINE | {"ranks": [4, 5]}, data__negatives=1),
+            ["stages.1.data.mine.ranks: 4 to 5 hold fewer than 3 negatives; widen them"],
+        ),
+        (
+            second("contrastive", data__mine=MINE | {"max_share": 1.5, "negatives": 0}, data__negatives=1),
+            [
+                "stages.1.data.mine.negatives: input should be greater than 0; found 0",
+                "stages.1.data.mine.max_share: input should be less than or equal to 1; found 1.5",
+            ],
+        ),
+        (
+            second("contrastive", data__mine=MINE | {"by": "bm24"}, data__negatives=1),
+            ["stages.1.data.mine.by: 'bm24' is unknown; did you mean bm25?"],
+        ),
+        (
+            second("contrastive", data__mine={"ranks": [1, 2], "negatives": 1}, data__negatives=1),
+            ["stages.1.data.mine.by: missing; add this key"],
+        ),
+        (
+            second("contrastive", data__mine=BM25 | {"max_shares": 0.5}, data__negatives=1),
+            ["stages.1.data.mine.max_shares: unknown key; did you mean max_share?"],
+        ),
+    ],
+    ids=["no pairs", "not taken", "too many", "few ranks", "out of range", "unknown by", "no by", "misspelt"],
+)
+def test_what_does_not_fit_is_named(tmp_path, changes, lines):
+    assert problems(tmp_path, changed(*changes)) == lines
+
+
+@pytest.mark.parametrize(("mine", "kind"), [(MINE | {"ranks": [3, 5]}, RetrieverMine), (BM25, Bm25Mine)])
+def test_what_fits_is_let_through(tmp_path, mine, kind):
+    recipe = load_recipe(write(tmp_path, changed(*second("contrastive", data__mine=mine, data__negatives=3))))
+    assert isinstance(recipe.stages[1].data.mine, kind)

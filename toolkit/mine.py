@@ -1,0 +1,136 @@
+"""Hard negatives for pairs, from a corpus: `python -m toolkit.mine EXPORT|bm25 --pairs PATH --output FOLDER ...`.
+
+Also under a launcher: `deepspeed --module toolkit.mine ...` shares the texts and the searches out over the ranks.
+"""
+
+import argparse
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from toolkit.collectives import RankZeroFailed, join_ranks, on_rank_zero
+from toolkit.data.beir import read_beir_texts
+from toolkit.data.negatives import known_positives, mining_rows
+from toolkit.data.pair_records import content_hash, read_pairs
+from toolkit.data.records import read_source
+from toolkit.export import load_export
+from toolkit.files import replacing_folder
+from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
+from toolkit.mining import bm25_search, digest_of_all, mine, retriever_search, write_mined
+from toolkit.prepare import on_every_rank, together
+from toolkit.prepare_negatives import about_bm25, about_export, passages_beside
+from toolkit.recipe import FolderSource, MineSettings, RecipeError
+from toolkit.recipe_checks import ranks_problem
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m toolkit.mine", description="Mine hard negatives for pairs.")
+    parser.add_argument("what", help="the export/ folder of a stage, or bm25")
+    parser.add_argument("--pairs", required=True, metavar="PATH", help="a folder in BEIR layout, or rows of pairs")
+    parser.add_argument("--split", default="train", help="judgements of a folder in BEIR layout (default: train)")
+    corpus = "more passages to search: a folder in BEIR layout, or rows with text (default: those of the pairs)"
+    parser.add_argument("--corpus", metavar="PATH", help=corpus)
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="is made; a source of pairs")
+    parser.add_argument("--ranks", required=True, type=int, nargs=2, metavar=("FROM", "TO"), help="among non-positives")
+    parser.add_argument("--negatives", required=True, type=int, metavar="N", help="of a row, its own included")
+    parser.add_argument("--max-share", type=float, metavar="S", help="highest score, as a share of the positive's")
+    parser.add_argument("--max-score", type=float, metavar="S", help="highest score")
+    parser.add_argument("--seed", required=True, type=int, help="draws the negatives from the ranks")
+    parser.add_argument("--text", choices=("prose", "code"), help="what bm25 reads")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    try:
+        _run(parser.parse_args(argv))
+    except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
+        time.sleep(SECONDS_TO_SPEAK)
+        return 2
+    except (RecipeError, ValueError, ImportError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    except Exception:
+        if is_told_by_another():
+            os._exit(2)  # as that rank did: the process group is broken
+        raise
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    settings = _settings(arguments)
+    source = _source(arguments.pairs, arguments.split)
+    device = join_ranks()
+    on_rank_zero(lambda: _check_output(arguments.output))
+    retriever = None if arguments.what == "bm25" else on_every_rank(lambda: load_export(Path(arguments.what), device))
+
+    def read() -> Any:
+        records = list(read_pairs(source, Counter()))
+        if not records:
+            raise RecipeError(f"{arguments.pairs}: holds no pair; name rows with queries and positives")
+        more = passages_beside(source) if arguments.corpus is None else _read_corpus(Path(arguments.corpus))
+        return mining_rows(records, more, known_positives(records))
+
+    rows = on_every_rank(read)
+    about = {
+        "pairs": {
+            "path": arguments.pairs,
+            "split": source.split,
+            "content": on_rank_zero(lambda: content_hash(source)),
+        },
+        "corpus": arguments.corpus,
+        "texts": digest_of_all(rows),
+        "seed": arguments.seed,
+    }
+    if retriever is None:
+        about["by"] = about_bm25(arguments.text)
+        search = on_every_rank(lambda: bm25_search(rows, code=arguments.text == "code"))
+    else:
+        about["by"] = on_every_rank(lambda: about_export(Path(arguments.what)))
+        search = retriever_search(retriever, rows)
+    mined = mine(rows, search, settings, arguments.seed, 0)
+
+    def write() -> None:
+        with replacing_folder(arguments.output) as work:
+            line = write_mined(rows, mined, settings, work, about)
+        print(f"{line}\nwritten to {arguments.output}", flush=True)
+
+    together(write)
+
+
+def _settings(arguments: argparse.Namespace) -> MineSettings:
+    if (arguments.what == "bm25") != (arguments.text is not None):
+        raise RecipeError("--text says what bm25 reads, prose or code; give it with bm25 and with nothing else")
+    given = {key: getattr(arguments, key) for key in MineSettings.model_fields}
+    try:
+        settings = MineSettings.model_validate(given)
+    except ValidationError as error:
+        problems = [(str(one["loc"][0]).replace("_", "-"), one["msg"]) for one in error.errors()]
+        raise RecipeError("; ".join(f"--{key}: {what[0].lower()}{what[1:]}" for key, what in problems)) from None
+    if problem := ranks_problem(settings):
+        raise RecipeError(f"--ranks: {problem}")
+    return settings
+
+
+def _source(path: str, split: str) -> FolderSource:
+    beir = (Path(path).expanduser() / "qrels").is_dir()
+    raw = {"folder": path, "format": "beir", "split": split} if beir else {"folder": path, "format": "pairs"}
+    return FolderSource.model_validate(raw)
+
+
+def _read_corpus(path: Path) -> list[str]:
+    corpus = path.expanduser() / "corpus.jsonl"
+    if corpus.is_file():
+        return list(read_beir_texts(corpus).values())
+    source = FolderSource.model_validate({"folder": str(path), "format": "documents"})
+    return [record.texts[0] for record in read_source(source, Counter())]
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"{folder}: is there already; choose another --output, or delete it")
+
+
+if __name__ == "__main__":
+    end(main())
