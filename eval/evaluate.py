@@ -15,7 +15,6 @@ from eval.answers import accuracies
 from eval.mteb_encoder import score_by_mteb
 from eval.results import Groups, MtebResult, Result, group_means, write_results
 from eval.scores import DEPTH, as_run, per_query_scores
-from eval.settings import for_task, with_settings
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
 from eval.trec import keep_rankings
@@ -24,6 +23,7 @@ from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, checkpoint_digest, encode
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import EvalSettings, RecipeError
+from toolkit.retriever_settings import for_task, with_settings
 from toolkit.search import search, search_among
 from toolkit.vectors import Store, gather_rows, leave
 
@@ -88,7 +88,7 @@ def evaluate(
     }
     by_mteb = lambda task: score_by_mteb(task, retriever, changes, label, checkpoint)  # noqa: E731
     record = {"label": label, "step": step, "system": system, "identical_ids": changes.identical_ids}
-    scores = _evaluate(rank_documents, by_mteb, suites, folder, record)
+    scores = _evaluate(rank_documents, by_mteb, suites, changes, folder, record)
     on_rank_zero(lambda: leave(store, keep=vectors is not None))
     return scores
 
@@ -96,7 +96,7 @@ def evaluate(
 def evaluate_bm25(
     suites: list[str], folder: Path, changes: EvalSettings | None = None, cache: Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """Score BM25 in the same way; code is split at underscores and changes of case, prose is stemmed.
+    """Score BM25 in the same way; it reads the embedded corpus as code and else prose, unless `changes` says which.
 
     Tasks without a search (clustering and so on) are left out and named in metrics.json. `cache` keeps the index of
     each collection (toolkit.bm25.bm25_index).
@@ -109,13 +109,20 @@ def evaluate_bm25(
 
     system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
     record = {"label": "BM25", "step": None, "system": system, "identical_ids": changes.identical_ids}
-    return _evaluate(rank_documents, None, suites, folder, record)
+    return _evaluate(rank_documents, None, suites, changes, folder, record)
+
+
+def _as_asked(task: Task, changes: EvalSettings) -> Task:
+    if changes.identical_ids != "task":
+        task = task._replace(ignore_identical_ids=changes.identical_ids == "drop")
+    return task if changes.bm25_text is None else task._replace(code=changes.bm25_text == "code")
 
 
 def _evaluate(
     rank_documents: RankDocuments,
     by_mteb: Callable[[MtebTask], dict[str, MtebResult]] | None,
     suites: list[str],
+    changes: EvalSettings,
     folder: Path,
     record: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
@@ -125,7 +132,7 @@ def _evaluate(
     skipped: list[str] = []
     for task in _read_tasks(suites):
         if isinstance(task, Task):
-            names = [_score_once(task, rank_documents, results, record["identical_ids"])]
+            names = [_score_once(_as_asked(task, changes), rank_documents, results)]
         elif by_mteb is None:
             skipped.append(task.name)
             continue
@@ -148,24 +155,20 @@ def _read_tasks(suites: list[str]) -> Iterator[Task | MtebTask]:
             yield task
 
 
-def _score_once(
-    task: Task, rank_documents: RankDocuments, results: dict[str, Result | MtebResult], identical_ids: str
-) -> str:
+def _score_once(task: Task, rank_documents: RankDocuments, results: dict[str, Result | MtebResult]) -> str:
     """Score a collection that is not yet among the results; returns its name."""
     name = task.collection.name
     known = results.get(name)
     if known is None:
-        results[name] = _score(task, rank_documents, identical_ids)
+        results[name] = _score(task, rank_documents)
     elif isinstance(known, Result) and known.task.revision != task.revision:
         raise RecipeError(f"suites: two different collections are called {name}; rename one of the folders")
     return name
 
 
-def _score(task: Task, rank_documents: RankDocuments, identical_ids: str) -> Result:
+def _score(task: Task, rank_documents: RankDocuments) -> Result:
     """Each rank searches for its share of the queries; all of them see all rankings."""
     started = time.perf_counter()
-    if identical_ids != "task":
-        task = task._replace(ignore_identical_ids=identical_ids == "drop")
     _, documents, queries, qrels = task.collection
     _check_identical_ids(task)
     query_ids, document_ids = list(queries), list(documents)

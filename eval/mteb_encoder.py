@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from eval.results import MtebResult
-from eval.settings import for_task
 from eval.tasks import MtebTask
 from toolkit.collectives import on_rank_zero, rank
 from toolkit.embed import Retriever, embed_texts
 from toolkit.recipe import EvalSettings
+from toolkit.retriever_settings import for_task
 
 TEXTS_PER_REQUEST = 8192  # they travel as text
 

@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     of_model.add_argument("--prompt", action="append", default=[], metavar="TASK=TEXT", help=prompts)
     ids = "documents whose id equals the query's: task (default), keep or drop"
     of_model.add_argument("--identical-ids", default="task", metavar="HOW", help=ids)
+    text = "what BM25 reads; default: code for the embedded corpus, else prose"
+    of_model.add_argument("--bm25-text", choices=("prose", "code"), help=text)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
 
@@ -84,6 +86,7 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
         "normalize": None if arguments.normalize is None else arguments.normalize == "true",
         "prompts": prompts,
         "identical_ids": arguments.identical_ids,
+        "bm25_text": arguments.bm25_text,
     }
     try:
         return EvalSettings.model_validate(values)
@@ -104,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> None:
         folder = rows["BM25"] = output or Path("eval_bm25")
         evaluate_bm25(suites, folder, changes)
     else:
-        from eval.retrievers import load_any
+        from toolkit.retrievers import load_any
 
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         retriever, prompts = load_any(what, arguments.adapter, changes, device)

@@ -93,7 +93,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 def bm25_is_scored(recipe: Recipe, run: Path) -> bool:
     """Whether <run>/bm25 has the scores of BM25 on every suite of the recipe, and there is one."""
     suites, record = _suites(recipe), _record(run / "bm25")
-    of = recipe.stages[0].eval.identical_ids  # the same in all
+    of = _of_bm25(recipe)
     return bool(suites) and record is not None and record.get("of") == of and _is_on(record, suites)
 
 
@@ -105,9 +105,15 @@ def score_bm25(recipe: Recipe, run: Path) -> None:
     suites = _suites(recipe)
     if suites and not on_rank_zero(lambda: bm25_is_scored(recipe, run)):
         changes = recipe.stages[0].eval
-        record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": changes.identical_ids}
+        record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": _of_bm25(recipe)}
         evaluate_bm25(suites, run / "bm25" / "eval", changes, run.parent / "prepared")
         on_rank_zero(lambda: _finish(run / "bm25", record))
+
+
+def _of_bm25(recipe: Recipe) -> list[str | None]:
+    """All of a recipe but its suites that the scores of BM25 depend on; the same in all stages."""
+    settings = recipe.stages[0].eval
+    return [settings.identical_ids, settings.bm25_text]
 
 
 def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) -> None:

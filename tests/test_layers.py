@@ -41,7 +41,7 @@ OURS = {
     "toolkit.last_words": set(),
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS
-    | {"eval", "toolkit.export", "toolkit.prepare", "toolkit.last_words", "toolkit.sentence_layout"},
+    | {"eval", "toolkit.retrievers", "toolkit.retriever_settings", "toolkit.prepare", "toolkit.last_words"},
     "launcher": {"toolkit", "eval", "launcher"},
 }
 # What of others the modules that must stay light may import besides the standard library.

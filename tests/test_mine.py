@@ -15,8 +15,11 @@ from tiny_retriever import CASES, make
 from toolkit import mine as module
 from toolkit.data.negatives import plain
 from toolkit.data.pair_records import PairRecord, read_pairs
+from toolkit.embed import checkpoint_digest
+from toolkit.export import load_export
 from toolkit.mine import main
 from toolkit.recipe import FolderSource
+from toolkit.retrievers import Loaded
 
 WINDOW = ["--ranks", "1", "30", "--negatives", "3", "--seed", "1"]
 BM25 = ["bm25", "--text", "prose"]
@@ -100,7 +103,7 @@ def test_one_and_two_ranks_write_the_same_file(folder: Path, export: Path, tmp_p
     scores = [np.load(tmp_path / name / "scores.npy") for name in ("dense", "dense_of_two")]
     np.testing.assert_allclose(*scores, atol=1e-5)
     record = json.loads((tmp_path / "dense_of_two" / "mined.json").read_text())
-    assert record["by"]["weights_sha256"] == json.loads((export / "export.json").read_text())["weights_sha256"]
+    assert record["by"]["checkpoint"] == checkpoint_digest(load_export(export, "cpu"))
 
 
 def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
@@ -120,7 +123,7 @@ def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
         (BM25, {"--corpus": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),
         (BM25, {"--output": str(taken)}, f"{taken}: is there already; choose another --output, or delete it"),
         (BM25, {"--max-score": "-1"}, "no row got a negative ("),
-        ([str(tmp_path)], {}, f"{tmp_path}: is no export (no export.json); give the export/ folder of a stage"),
+        ([str(tmp_path)], {}, f"{tmp_path}: is no export (export.json), no sentence-transformers model"),
     ]
     for what, changes, problem in cases:
         given = [word for key, value in (arguments | window | changes).items() for word in (key, *value.split(" "))]
@@ -133,10 +136,9 @@ def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
 def test_vectors_that_are_not_finite_are_refused(folder: Path, tmp_path: Path, monkeypatch, capsys):
     broken = tiny_retriever()
     broken.encoder.backbone.norm.weight.data[0] = float("nan")
-    monkeypatch.setattr(module, "load_export", lambda *_: broken)
-    monkeypatch.setattr(module, "about_export", lambda _: {})
+    monkeypatch.setattr(module, "load_any", lambda *_: Loaded(broken, {}))
     given = ["--pairs", str(folder), "--split", "dev", "--output", str(tmp_path / "out"), *WINDOW]
     assert main(["export", *given]) == 2 and "vectors are not finite" in capsys.readouterr().err
-    monkeypatch.setattr(module, "load_export", lambda *_: tiny_retriever())
+    monkeypatch.setattr(module, "load_any", lambda *_: Loaded(tiny_retriever(), {}))
     assert main(["export", *given]) == 0
     shutil.rmtree(tmp_path / "out")

@@ -71,6 +71,10 @@ CROSS = {
         [("stages.1.eval.identical_ids", "drop")],
         ["stages.1.eval.identical_ids: differs from the first stage's, with which BM25 is scored; make them equal"],
     ),
+    "other words than BM25's": (
+        [("stages.1.eval.bm25_text", "code")],
+        ["stages.1.eval.bm25_text: differs from the first stage's, with which BM25 is scored; make them equal"],
+    ),
     "evaluated longer than built": (
         [("stages.0.eval.max_tokens", 100_000)],
         [f"stages.0.eval.max_tokens: 100000 is above the built model's max_tokens {MAX_TOKENS}; lower it"],

@@ -1,4 +1,4 @@
-"""Hard negatives for pairs, from a corpus: `python -m toolkit.mine EXPORT|bm25 --pairs PATH --output FOLDER ...`.
+"""Hard negatives for pairs, from a corpus: `python -m toolkit.mine WHAT|bm25 --pairs PATH --output FOLDER ...`.
 
 Also under a launcher: `deepspeed --module toolkit.mine ...` shares the texts and the searches out over the ranks.
 """
@@ -17,20 +17,21 @@ from toolkit.data.beir import read_beir_texts
 from toolkit.data.negatives import known_positives, mining_rows
 from toolkit.data.pair_records import content_hash, read_pairs
 from toolkit.data.records import read_source
-from toolkit.export import load_export
+from toolkit.embed import checkpoint_digest
 from toolkit.files import replacing_folder
 from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
 from toolkit.mining import bm25_search, digest_of_all, mine, retriever_search, write_mined
 from toolkit.prepare import on_every_rank, together
-from toolkit.prepare_negatives import about_bm25, about_export, passages_beside
-from toolkit.recipe import FolderSource, MineSettings, RecipeError
+from toolkit.prepare_negatives import about_bm25, passages_beside
+from toolkit.recipe import EvalSettings, FolderSource, MineSettings, RecipeError
 from toolkit.recipe_checks import ranks_problem
+from toolkit.retrievers import load_any
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.mine", description="Mine hard negatives for pairs.")
-    parser.add_argument("what", help="the export/ folder of a stage, or bm25")
+    parser.add_argument("what", help="an export or a sentence-transformers model, a folder or a hub id; or bm25")
     parser.add_argument("--pairs", required=True, metavar="PATH", help="a folder in BEIR layout, or rows of pairs")
     parser.add_argument("--split", default="train", help="judgements of a folder in BEIR layout (default: train)")
     corpus = "more passages to search: a folder in BEIR layout, or rows with text (default: those of the pairs)"
@@ -63,7 +64,9 @@ def _run(arguments: argparse.Namespace) -> None:
     source = _source(arguments.pairs, arguments.split)
     device = join_ranks()
     on_rank_zero(lambda: _check_output(arguments.output))
-    retriever = None if arguments.what == "bm25" else on_every_rank(lambda: load_export(Path(arguments.what), device))
+    retriever = None
+    if arguments.what != "bm25":
+        retriever = load_any(arguments.what, None, EvalSettings(), device).retriever  # pyright: ignore[reportCallIssue]
 
     def read() -> Any:
         records = list(read_pairs(source, Counter()))
@@ -87,7 +90,11 @@ def _run(arguments: argparse.Namespace) -> None:
         about["by"] = about_bm25(arguments.text)
         search = on_every_rank(lambda: bm25_search(rows, code=arguments.text == "code"))
     else:
-        about["by"] = on_every_rank(lambda: about_export(Path(arguments.what)))
+        about["by"] = {
+            "retriever": arguments.what,
+            "checkpoint": on_rank_zero(lambda: checkpoint_digest(retriever)),
+            "settings": retriever.settings.model_dump(),
+        }
         search = retriever_search(retriever, rows)
     mined = mine(rows, search, settings, arguments.seed, 0)
 

@@ -561,6 +561,11 @@ class EvalSettings(Section):
         description="Documents whose id equals the query's: kept or dropped as mteb's task says (folders: kept), or "
         "always.",
     )
+    bm25_text: Literal["prose", "code"] | None = Field(
+        None,
+        description="How BM25 reads: words stemmed, stop words left out; or split at underscores and case. null: code "
+        "for the embedded corpus, else prose.",
+    )
 
 
 class Eval(EvalSettings):

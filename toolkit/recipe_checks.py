@@ -60,11 +60,9 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{at}.lora", "language_model trains all parameters; set lora to null"
         if stage.optim.warmup_steps > stage.optim.steps:
             yield f"{at}.optim.warmup_steps", f"is above steps ({stage.optim.steps}); lower it"
-        if stage.eval.identical_ids != recipe.stages[0].eval.identical_ids:
-            yield (
-                f"{at}.eval.identical_ids",
-                "differs from the first stage's, with which BM25 is scored; make them equal",
-            )
+        for key in ("identical_ids", "bm25_text"):
+            if getattr(stage.eval, key) != getattr(recipe.stages[0].eval, key):
+                yield f"{at}.eval.{key}", "differs from the first stage's, with which BM25 is scored; make them equal"
         yield from _check_stop(f"{at}.eval.stop_if_worse", stage, before)
         for number, suite in enumerate(stage.eval.suites):
             if suite.startswith("stdlib") and suite not in ("stdlib:dev", "stdlib:test"):

@@ -86,6 +86,22 @@ def test_shared_documents_are_indexed_once(folder: Path, tmp_path: Path, monkeyp
     assert len(made) == 1 and scores[0] == scores[1] == evaluate_bm25(suites, tmp_path / "out")
 
 
+def test_bm25_reads_a_folder_as_it_is_told(tmp_path: Path):
+    """Names in code are found by their parts; as prose they are one word."""
+    (tmp_path / "code" / "qrels").mkdir(parents=True)
+    names = ["readFile", "write_file", "closeSocket"]
+    documents = [{"_id": name, "title": "", "text": f"def {name}(): pass"} for name in names]
+    (tmp_path / "code" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    (tmp_path / "code" / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "close the socket"}) + "\n")
+    (tmp_path / "code" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tcloseSocket\t1\n")
+    for text, score in (("code", 1.0), ("prose", 0.0), (None, 0.0)):
+        output = tmp_path / f"out_{text}"
+        given = [] if text is None else ["--bm25-text", text]
+        assert main(["bm25", "--suite", str(tmp_path / "code"), "--output", str(output), *given]) == 0
+        row = json.loads((output / "metrics.json").read_text())["collections"]["code:test"]
+        assert (row["ndcg_at_10"], row["bm25_words"]) == (score, text or "prose")
+
+
 def test_two_folders_of_one_name(folder: Path, tmp_path: Path):
     other = write_beir(tmp_path / "other" / "small", num_documents=50)
     with pytest.raises(RecipeError, match="two different collections are called small:test"):

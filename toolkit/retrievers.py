@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
-from eval.settings import changed
 from toolkit.collectives import rank
 from toolkit.data.tokens import ends_with_eos, pad, pad_id, tokenize
 from toolkit.embed import Retriever, load_retriever
@@ -21,6 +20,7 @@ from toolkit.models.backbone import check_length, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
+from toolkit.retriever_settings import changed
 from toolkit.sentence_layout import POOLING_MODES
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]

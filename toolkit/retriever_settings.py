@@ -1,6 +1,6 @@
 """How a retriever is evaluated: settings that differ from its export's, and prompts of tasks.
 
-Called by eval.evaluate and eval.retrievers.
+Called by eval.evaluate and toolkit.retrievers.
 """
 
 from toolkit.embed import Retriever

@@ -16,12 +16,12 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from tiny_retriever import CASES, Made, make, small_model
 
 from eval.evaluate import evaluate
-from eval.retrievers import load_any
 from eval.run import main
-from eval.settings import with_settings
 from toolkit.embed import checkpoint_digest, embed_texts, encode
 from toolkit.export import load_export
 from toolkit.recipe import EvalSettings, RecipeError
+from toolkit.retriever_settings import with_settings
+from toolkit.retrievers import load_any
 
 CPU = torch.device("cpu")
 TEXTS = [*ragged_texts(12), "return the largest of two numbers", "x"]
