@@ -80,7 +80,7 @@ def score_by_mteb(
 
         encoder = MtebEncoder(f"local/{label or 'model'}", revision, embed=embed, cosine=retriever.settings.normalize)
         options: Any = {"batch_size": 64, "show_progress_bar": False}
-        readable(info.name, info.dataset["path"], task.task.load_data)
+        readable(info.name, info.dataset["path"], task.task.load_data, task.folder)
         done = mteb.evaluate(
             encoder, task.task, encode_kwargs=options, cache=None, co2_tracker=False, show_progress_bar=False
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 import mteb
 from datasets import disable_progress_bars, get_dataset_config_names, get_dataset_split_names
 from datasets.exceptions import DatasetsError
@@ -129,9 +130,9 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
     elif folder is not None:
         task.metadata = info.model_copy(update={"dataset": {**info.dataset, "path": str(folder), "revision": revision}})
     if not searched:
-        yield MtebTask(task, info.name)
+        yield MtebTask(task, info.name, folder)
         return
-    readable(info.name, task.metadata.dataset["path"], task.load_data)
+    readable(info.name, task.metadata.dataset["path"], task.load_data, folder)
     task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset in task.hf_subsets:
         for split in task.eval_splits:
@@ -164,7 +165,7 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
 def read_hub_layout(folder: Path, name: str, split: str) -> Task:
     """The collection of a folder in the hub's layout, which is no task of mteb."""
     loader = RetrievalDatasetLoader(str(folder), revision=None, split=split)  # pyright: ignore[reportArgumentType]
-    data: Any = readable(name, str(folder), loader.load)
+    data: Any = readable(name, str(folder), loader.load, folder)
     task = local_task(_collection(name, data), folder.resolve().name, split)
     return task._replace(candidates=data["top_ranked"])
 
@@ -180,13 +181,22 @@ def hub_splits(folder: Path) -> list[str]:
     return sorted(map(str, readable(str(folder), str(folder), lambda: get_dataset_split_names(str(folder), qrels))))
 
 
-def readable(name: str, path: str, read: Callable[[], Any]) -> Any:
-    """What the hub's clients raise without network, for gated, missing and malformed data, as one line."""
+def readable(name: str, path: str, read: Callable[[], Any], folder: Path | None = None) -> Any:
+    """What the hub's clients raise without network, for gated, missing and malformed data, as one line.
+
+    `folder` is where the data are read from, if not from the hub: the library finds what it once read of a folder by
+    names and whole seconds, and would give the old data of a file that was written again; here they count by content.
+    """
+    cache = datasets.config.HF_DATASETS_CACHE
     try:
+        if folder is not None:
+            datasets.config.HF_DATASETS_CACHE = Path(cache) / "folders" / files_digest(folder)
         return read()
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RecipeError(f"suite {name}: {path} cannot be loaded ({reason}); give a folder") from error
+    finally:
+        datasets.config.HF_DATASETS_CACHE = cache
 
 
 def _beir_data(folder: Path, split: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A collection to search and how it is scored; or a task of mteb that mteb scores itself. Called by all of eval."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,5 +36,6 @@ class MtebTask(NamedTuple):
 
     task: Any  # of mteb, its data perhaps not yet loaded
     name: str
+    folder: Path | None = None  # where its data are, if not on the hub
     group: str = ""
     member: str = ""

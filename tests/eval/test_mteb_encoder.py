@@ -35,7 +35,7 @@ def expected() -> dict[str, float]:
 @pytest.fixture
 def suite(monkeypatch) -> list[str]:
     """A name for the four tasks, in one group."""
-    found = [MtebTask(task, task.metadata.name, "kinds", task.metadata.name) for task in others()]
+    found = [MtebTask(task, task.metadata.name, None, "kinds", task.metadata.name) for task in others()]
     monkeypatch.setattr(evaluation, "load_suite", lambda name: found)
     return ["x"]
 
@@ -93,7 +93,7 @@ def test_bm25_leaves_them_out(suite: list[str], tmp_path: Path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_score_as_one_and_fail_together(world_size: int, expected: dict[str, float], tmp_path: Path):
-    answer = run_on_ranks("mteb_ranks.py", world_size, str(tmp_path / "out"), tmp_path, timeout=120)
+    answer = run_on_ranks("mteb_ranks.py", world_size, str(tmp_path / "out"), tmp_path, timeout=500)
     for scores, not_finite, _ in answer:
         assert {name: next(iter(scores[name].values())) for name in NAMES} == pytest.approx(expected, abs=1e-5)
         assert not_finite.startswith("ValueError: ") and "not finite" in not_finite
