@@ -86,7 +86,10 @@ def evaluate(
         "settings": retriever.settings.model_dump(),
         "prompts": changes.prompts,
     }
-    by_mteb = lambda task: score_by_mteb(task, retriever, changes, label, checkpoint)  # noqa: E731
+
+    def by_mteb(task: MtebTask) -> dict[str, MtebResult]:
+        return score_by_mteb(task, retriever, changes, label, checkpoint, may_collapse)
+
     record = {"label": label, "step": step, "system": system, "identical_ids": changes.identical_ids}
     scores = _evaluate(rank_documents, by_mteb, suites, changes, folder, record)
     on_rank_zero(lambda: leave(store, keep=vectors is not None))

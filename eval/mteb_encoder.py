@@ -14,7 +14,7 @@ import numpy as np
 from eval.results import MtebResult
 from eval.tasks import MtebTask
 from toolkit.collectives import on_rank_zero, rank
-from toolkit.embed import Retriever, embed_texts
+from toolkit.embed import Retriever, encode
 from toolkit.recipe import EvalSettings
 from toolkit.retriever_settings import for_task
 
@@ -62,16 +62,17 @@ class MtebEncoder:
 
 
 def score_by_mteb(
-    task: MtebTask, retriever: Retriever, changes: EvalSettings, label: str, revision: str
+    task: MtebTask, retriever: Retriever, changes: EvalSettings, label: str, revision: str, may_collapse: bool
 ) -> dict[str, MtebResult]:
     """Collection -> scores of a task's subsets and splits; every rank calls it.
 
     Raises:
-        RecipeError: if the data cannot be loaded. ValueError: see `embed_texts`.
+        RecipeError: if the data cannot be loaded. ValueError: see `encode`.
     """
 
     def embed(name: str, task_type: str, kind: Any, texts: list[str]) -> np.ndarray:
-        return embed_texts(for_task(retriever, changes, name, task_type), texts, kind)
+        numbered = {str(i): text for i, text in enumerate(texts)}
+        return encode(for_task(retriever, changes, name, task_type), numbered, kind, may_collapse=may_collapse).array()
 
     def score(embed: Embed) -> dict[str, Any]:
         import mteb  # takes seconds to import: only for those who ask for it

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +14,7 @@ from rich.table import Table
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MAIN, file_name
 from eval.suites import expand
-from toolkit.collectives import PATIENCE, RankZeroFailed, on_rank_zero, rank
+from toolkit.collectives import RankZeroFailed, join_ranks, on_rank_zero, rank
 from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
 from toolkit.recipe import EvalSettings, RecipeError
 
@@ -97,10 +95,7 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
 
 def _run(arguments: argparse.Namespace) -> None:
     what, output, changes = arguments.what, arguments.output, _settings(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    device = join_ranks()
     suites = on_rank_zero(lambda: expand(arguments.suite))
     rows: dict[str, Path] = {}
     if what == "bm25":
@@ -109,7 +104,6 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         from toolkit.retrievers import load_any
 
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         retriever, prompts = load_any(what, arguments.adapter, changes, device)
         changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
         folder = output or _default_output(what, arguments.suite)
