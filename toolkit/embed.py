@@ -23,7 +23,7 @@ from toolkit.vectors import DTYPES, Shard, Store, Vectors, gather_rows, is_finis
 SHARDS, SHARD_CHARACTERS, SHARD_ROWS = 64, 2**16, 2**14
 CHARACTERS_PER_TOKEN = 4  # more or less; only the sizes of shards depend on it
 # Tokens of a batch. On a CPU larger ones are no faster a token, but hold texts of less similar lengths.
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 SAME = {"fp32": 1e-5, "fp16": 1e-3}  # rounding of one vector, relative to its largest element
 
 Kind = Literal["query", "passage"]
