@@ -1,15 +1,19 @@
 """Going on: what a resumed run accepts, what it refuses, and how stages follow one another (one process)."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from deepspeed import DeepSpeedEngine
 from recipe_changes import changed
 from safetensors.numpy import load_file
 from test_errors import files_below, one_stage, start
+
+from toolkit.training import loop
 
 STAGE = "stage_0_language_model"
 KEPT = ("loss", "grad_norm", "lr", "rows")  # what the log of a resumed run must repeat
@@ -66,21 +70,98 @@ def test_a_checkpoint_of_other_data_or_another_tokenizer_is_refused(trained, tmp
     assert start(tmp_path, trained, monkeypatch) == 0
 
 
-def test_a_cut_checkpoint_is_named_and_the_one_before_still_works(trained, tmp_path, monkeypatch, capsys) -> None:
+def cut(path: Path) -> str:
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-100])
+    return f"{path}: has {size - 100:,} bytes, {size:,} were written"
+
+
+def remove(path: Path) -> str:
+    path.unlink()
+    return f"{path}: is missing"
+
+
+def alter(path: Path) -> str:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return f"{path}: is not what was written (sha256)"
+
+
+@pytest.mark.parametrize("harm", [cut, remove, alter])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, trained, tmp_path, monkeypatch, capsys) -> None:
     export = tmp_path / "run" / STAGE / "export" / "model.safetensors"
     weights, before = load_file(export), log(tmp_path / "run")
     newest = unfinish(tmp_path / "run")
-    victim = max((newest / "engine").glob("*optim_states.pt"))
-    victim.write_bytes(victim.read_bytes()[:-100])
-    assert start(tmp_path, trained, monkeypatch) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == f"{victim}: is cut short; delete this checkpoint to go on from the one before"
-    shutil.rmtree(newest)
+    said = harm(max((newest / "engine").glob("*optim_states.pt")))
+    capsys.readouterr()
     assert start(tmp_path, trained, monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{said}; it is now damaged_step_00000002, and step_00000001 is used" in lines
+    assert sorted(p.name for p in newest.parent.iterdir()) == ["damaged_step_00000002", "step_00000001", newest.name]
     after, again = log(tmp_path / "run"), load_file(export)
     assert [row["step"] for row in before] == [row["step"] for row in after] == [1, 2]
     assert all(row[key] == other[key] for row, other in zip(before, after, strict=True) for key in KEPT)
     assert weights.keys() == again.keys() and all(np.array_equal(weights[name], again[name]) for name in weights)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_trained(trained, tmp_path, monkeypatch, capsys) -> None:
+    folder = unfinish(tmp_path / "run").parent
+    for checkpoint in folder.iterdir():
+        said = remove(checkpoint / "manifest_00000.json")
+    assert start(tmp_path, trained, monkeypatch) == 2
+    said = f"{folder / 'step_00000001'}: 0 of 1 files manifest_*.json are there"
+    expected = f"{said}; there is no checkpoint before it: delete {folder} to begin the stage anew"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
+
+
+def no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """No file may pass 4 KiB."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args: Any, **more: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            return saved(*args, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    saved = DeepSpeedEngine.save_checkpoint
+    monkeypatch.setattr(DeepSpeedEngine, "save_checkpoint", limited)
+    return "File too large"
+
+
+def folder_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    shutil.rmtree(folder)
+    return "No such file or directory"
+
+
+@pytest.mark.parametrize("fault", [no_room, folder_gone])
+def test_a_save_that_fails_leaves_the_one_before(fault, tmp_path, monkeypatch, capsys) -> None:
+    recipe = one_stage(tmp_path, ("stages.0.optim.steps", 2), ("stages.0.save", {"every": 1, "keep": 1}))
+    folder = tmp_path / "run" / STAGE / "checkpoints"
+    save, left = loop.save_checkpoint, {}
+
+    def failing(engine: Any, where: Path, state: Any, keep: int) -> None:
+        if state.step == 2 and not left:
+            files = files_below(folder)
+            reason = fault(folder, faulty)
+            left.update({name: (folder / name).read_bytes() for name in files if folder.exists()}, reason=reason)
+        save(engine, where, state, keep)
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(loop, "save_checkpoint", failing)
+        assert start(tmp_path, recipe, monkeypatch) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    reason = left.pop("reason")
+    assert error.startswith(f"{folder}: the checkpoint cannot be written (") and reason in error
+    assert error.endswith("then start the same command again: it goes on from the checkpoint before")
+    assert all((folder / name).read_bytes() == content for name, content in left.items())
+    assert bool(left) == (fault is no_room)
+    assert start(tmp_path, recipe, monkeypatch) == 0
+    assert f"starts at step {1 if left else 0}" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in folder.iterdir()] == ["step_00000002"]
 
 
 def test_stages_that_have_not_begun_may_change(trained, tmp_path, monkeypatch, capsys) -> None:

@@ -58,6 +58,7 @@ def run_case(case: dict[str, Any], folders: dict[str, str], checkpoints: Path) -
 
     engine = build()
     _, at_save = take_steps(engine, stage, 0, SAVED)
+    checkpoints.mkdir(parents=True, exist_ok=True)
     saved = RunState(SAVED, 17, "stage", "data", ["tokenizer"], world_size())
     save_checkpoint(engine, checkpoints, saved, keep=1)
     whole, weights = take_steps(engine, stage, SAVED, LAST)

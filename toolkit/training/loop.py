@@ -96,6 +96,7 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
     )
     tokenizers = [tokenizer_digest(source.folder) for source in sources if source is not None]
     fresh = RunState(0, 0, recipe.digest(index), feed.digest, tokenizers, world_size())
+    on_rank_zero(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
     state = load_newest(engine, folder / "checkpoints", fresh)
     _announce(stage, engine, feed, state)
     costs = training_costs(stage, engine.module)
