@@ -12,7 +12,10 @@ from eval.evaluate import evaluate_bm25
 from eval.results import Result, group_means
 from eval.suites import load_suite
 from eval.tasks import Task
+from eval.trec import Rankings, Top
 from toolkit.training.metrics import write_eval_scalars
+
+NOTHING_RANKED = Rankings({}, Top({}, {}, {}))
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def task(tmp_path: Path) -> Task:
 
 def result(task: Task, main: str = "ndcg_at_10", **scores: float) -> Result:
     per_query = {key: np.array([value, value]) for key, value in scores.items()}
-    return Result(task._replace(main_score=main), ["q0", "q1"], per_query, 0, 0.0)
+    return Result(task._replace(main_score=main), ["q0", "q1"], per_query, NOTHING_RANKED, 0, 0.0)
 
 
 def test_the_mean_of_a_group(task: Task):
