@@ -110,7 +110,7 @@ def rescore(recipe: Recipe, index: int, run: Path, device: torch.device) -> None
     stage, folder, first = recipe.stages[index], stage_folder(run, recipe, index), origin(recipe, index)
     done = on_rank_zero(lambda: json.loads((folder / "done.json").read_text(encoding="utf-8")))
     data = on_rank_zero(lambda: data_state(stage.eval.suites))
-    if done.get("data", dict.fromkeys(data, [])) == data:  # not in older records: as if there were no folder
+    if done.get("data", {suite: [] for suite in data}) == data:  # not in older records: as if there were no folder
         return
     where = f"stage {index} {stage.name}"
     on_rank_zero(lambda: print(f"{where}: the data of its suites changed; evaluated again", flush=True))
