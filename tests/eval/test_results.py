@@ -15,7 +15,6 @@ from eval.tasks import Task
 from toolkit.recipe import RecipeError
 from toolkit.training.metrics import write_eval_scalars
 
-
 PARTS = ("Android", "Gis")
 
 
