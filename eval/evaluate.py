@@ -21,7 +21,7 @@ from eval.trec import keep_rankings
 from toolkit import bm25
 from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.embed import Retriever, checkpoint_digest, encode
-from toolkit.prepare import on_every_rank
+from toolkit.prepare import on_every_rank, together
 from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retriever_settings import for_task, with_settings
 from toolkit.search import search, search_among
@@ -107,8 +107,15 @@ def evaluate_bm25(
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
+        def keep_index() -> None:
+            bm25.bm25_index(texts, code=task.code, cache=cache)
+
+        if cache is not None:  # one rank makes it, all read it
+            together(keep_index)
         queries = list(task.collection.queries.values())[own]
-        return bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates, cache=cache)
+        return on_every_rank(
+            lambda: bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates, cache=cache)
+        )
 
     system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
     record = {"label": "BM25", "step": None, "system": system, "identical_ids": changes.identical_ids}
@@ -131,11 +138,12 @@ def _evaluate(
 ) -> dict[str, dict[str, float]]:
     results: dict[str, Result | MtebResult] = {}
     groups: Groups = {}
-    of_mteb: dict[str, list[str]] = {}  # task -> its collections
+    of_mteb: dict[str, tuple[Path | None, dict[str, str]]] = {}  # task -> its folder, its collections' main scores
     skipped: list[str] = []
     for task in _read_tasks(suites):
         if isinstance(task, Task):
-            names = [_score_once(_as_asked(task, changes), rank_documents, results)]
+            _score_once(_as_asked(task, changes), rank_documents, results)
+            main_scores = {task.collection.name: task.main_score}
         elif by_mteb is None:
             skipped.append(task.name)
             continue
@@ -143,10 +151,11 @@ def _evaluate(
             if task.name not in of_mteb:
                 found = by_mteb(task)
                 results |= found
-                of_mteb[task.name] = list(found)
-            names = of_mteb[task.name]
-        collections = groups.setdefault(task.group, {}).setdefault(task.member, [])
-        collections += [name for name in names if name not in collections]
+                of_mteb[task.name] = task.folder, {name: result.main_score for name, result in found.items()}
+            folder_before, main_scores = of_mteb[task.name]
+            if task.folder != folder_before:
+                raise RecipeError(f"suites: two different collections are called {task.name}; name one of them")
+        groups.setdefault(task.group, {}).setdefault(task.member, {}).update(main_scores)
     on_rank_zero(lambda: write_results(folder, record, results, groups, skipped))
     return {name: result.shown for name, result in results.items()} | group_means(groups, results)
 
@@ -158,15 +167,18 @@ def _read_tasks(suites: list[str]) -> Iterator[Task | MtebTask]:
             yield task
 
 
-def _score_once(task: Task, rank_documents: RankDocuments, results: dict[str, Result | MtebResult]) -> str:
-    """Score a collection that is not yet among the results; returns its name."""
+def _score_once(task: Task, rank_documents: RankDocuments, results: dict[str, Result | MtebResult]) -> None:
+    """Score a collection that is not yet among the results; else add the scores that this suite reports besides."""
     name = task.collection.name
     known = results.get(name)
     if known is None:
         results[name] = _score(task, rank_documents)
-    elif isinstance(known, Result) and known.task.revision != task.revision:
-        raise RecipeError(f"suites: two different collections are called {name}; rename one of the folders")
-    return name
+    elif isinstance(known, Result):
+        if known.task.revision != task.revision:
+            raise RecipeError(f"suites: two different collections are called {name}; rename one of the folders")
+        _check_scores(task, known.per_query)
+        reported = tuple(dict.fromkeys([*known.task.reported, *task.reported, task.main_score]))
+        results[name] = known._replace(task=known.task._replace(reported=reported))
 
 
 def _score(task: Task, rank_documents: RankDocuments) -> Result:
@@ -188,12 +200,16 @@ def _score(task: Task, rank_documents: RankDocuments) -> Result:
         per_query |= per_query_scores(run, {query: qrels[query] for query in query_ids})
     if task.answers is not None and task.body_starts is not None:
         per_query |= accuracies([task.answers[query] for query in query_ids], texts, task.body_starts, indices)
-    for key in (task.main_score, *task.reported):
-        if key not in per_query:
-            raise RecipeError(f"{task.collection.name}: its score {key} is not computed here")
+    _check_scores(task, per_query)
     rankings = keep_rankings(task.collection, run if rank() == 0 else {})
     kept = task._replace(candidates=None, answers=None, body_starts=None)
     return Result(kept, query_ids, per_query, rankings, dropped, time.perf_counter() - started)
+
+
+def _check_scores(task: Task, per_query: dict[str, np.ndarray]) -> None:
+    for key in (task.main_score, *task.reported):
+        if key not in per_query:
+            raise RecipeError(f"{task.collection.name}: its score {key} is not computed here")
 
 
 def _check_identical_ids(task: Task) -> None:

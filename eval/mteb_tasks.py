@@ -138,7 +138,7 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
         for split in task.eval_splits:
             data = retrieval.dataset[subset][split]
             if len(data["queries"]) and not isinstance(data["queries"][0]["text"], str):  # conversations
-                yield MtebTask(task, info.name)
+                yield MtebTask(task, info.name, folder)
                 return
             name = ":".join(
                 [

@@ -19,7 +19,7 @@ from toolkit.files import replace_text
 MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "pytrec-eval-terrier", "mteb")
 
-Groups = dict[str, dict[str, list[str]]]  # group -> member -> its collections
+Groups = dict[str, dict[str, dict[str, str]]]  # group -> member -> its collections -> their main scores in it
 
 
 class Result(NamedTuple):
@@ -61,6 +61,7 @@ class MtebResult(NamedTuple):
 def group_means(groups: Groups, results: dict[str, Result | MtebResult]) -> dict[str, dict[str, float]]:
     """Group -> "main_score" and each score that all its collections have: the mean of its members.
 
+    The main score is the one that the collection has in this group: MSMARCO's is nDCG@10 in BEIR and MRR@10 by itself.
     A member is the mean of its collections (subsets and splits of a task; the twelve parts of CQADupstack). A group of
     one member is left out.
     """
@@ -68,7 +69,7 @@ def group_means(groups: Groups, results: dict[str, Result | MtebResult]) -> dict
     for group, members in groups.items():
         if not group or len(members) < 2:
             continue
-        rows = [[_row(results[name]) for name in names] for names in members.values()]
+        rows = [[_row(results[name], main) for name, main in member.items()] for member in members.values()]
         shared = [key for key in rows[0][0] if all(key in row for member in rows for row in member)]
         means[group] = {
             key: float(np.mean([np.mean([row[key] for row in member]) for member in rows])) for key in shared
@@ -76,8 +77,7 @@ def group_means(groups: Groups, results: dict[str, Result | MtebResult]) -> dict
     return means
 
 
-def _row(result: Result | MtebResult) -> dict[str, float]:
-    main = result.task.main_score if isinstance(result, Result) else result.main_score
+def _row(result: Result | MtebResult, main: str) -> dict[str, float]:
     return result.shown | {"main_score": result.shown[main]}
 
 

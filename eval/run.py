@@ -20,8 +20,8 @@ from toolkit.recipe import EvalSettings, RecipeError
 
 WHAT = "an export, a sentence-transformers model, an adapter or a base model, each a folder or a hub id; or bm25"
 SUITE = (
-    "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, an mteb task or "
-    "benchmark, or NAME=FOLDER with its data on disk; repeatable"
+    "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, quick (of every "
+    "FOLDER that is named), an mteb task or benchmark, or NAME=FOLDER with its data on disk; repeatable"
 )
 
 
@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     kept = "keep the documents' vectors here, found again for the same weights; default: in the output while it runs"
     parser.add_argument("--vectors", type=Path, metavar="DIR", help=kept)
     parser.add_argument("--vectors-dtype", choices=("fp32", "fp16"), default="fp32", help="fp16 takes half the disk")
+    parser.add_argument(
+        "--bm25-cache", type=Path, metavar="DIR", help="keep BM25's indices here, found again for the same documents"
+    )
+    parser.add_argument("--no-bm25", action="store_true", help="score the retriever alone")
     parser.add_argument("--compare", type=Path, action="append", default=[], metavar="DIR", help="an earlier result")
     of_model = parser.add_argument_group("instead of the model's own settings (written into the result)")
     of_model.add_argument("--query-prefix", metavar="TEXT")
@@ -95,28 +99,49 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
 
 def _run(arguments: argparse.Namespace) -> None:
     what, output, changes = arguments.what, arguments.output, _settings(arguments)
+    if what == "bm25" and arguments.no_bm25:
+        raise RecipeError("--no-bm25: bm25 is what is scored; leave one of the two out")
     device = join_ranks()
     suites = on_rank_zero(lambda: expand(arguments.suite))
+    on_rank_zero(lambda: _check_results(arguments.compare))
     rows: dict[str, Path] = {}
     if what == "bm25":
         folder = rows["BM25"] = output or Path("eval_bm25")
-        evaluate_bm25(suites, folder, changes)
+        evaluate_bm25(suites, folder, changes, arguments.bm25_cache)
     else:
         from toolkit.retrievers import load_any
 
         retriever, prompts = load_any(what, arguments.adapter, changes, device)
         changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
         folder = output or _default_output(what, arguments.suite)
-        rows["BM25"], rows["retriever"] = folder / "bm25", folder
+        rows = ({} if arguments.no_bm25 else {"BM25": folder / "bm25"}) | {"retriever": folder}
         vectors, dtype = arguments.vectors, arguments.vectors_dtype
         evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=vectors, dtype=dtype)
-        evaluate_bm25(suites, rows["BM25"], changes)
+        if not arguments.no_bm25:
+            evaluate_bm25(suites, rows["BM25"], changes, arguments.bm25_cache)
     if rank() == 0:
         _print_table(rows)
-        if arguments.compare:
-            from eval.compare import print_comparisons
+        _print_comparisons(folder, rows, arguments.compare)
 
-            print_comparisons(folder, arguments.compare)
+
+def _check_results(folders: list[Path]) -> None:
+    """Raise RecipeError if a folder to compare with holds no result."""
+    from eval.compare import read_system  # imports scipy, which takes a second
+
+    for folder in folders:
+        read_system(folder, str(folder))
+
+
+def _print_comparisons(folder: Path, rows: dict[str, Path], others: list[Path]) -> None:
+    """The result against BM25, where that has scores of two queries or more of a collection, and the earlier ones."""
+    from eval.compare import print_comparisons, read_system
+
+    if "retriever" in rows and "BM25" in rows:
+        lexical = read_system(rows["BM25"], "BM25")
+        if any(len(lexical.main_scores(name)) > 1 for name in lexical.metrics):
+            others = [rows["BM25"], *others]
+    if others:
+        print_comparisons(folder, others)
 
 
 def _default_output(what: str, suites: list[str]) -> Path:

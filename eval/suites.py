@@ -58,6 +58,11 @@ SUITES: dict[str, list[Group]] = {
 }
 
 
+def _is_local(name: str) -> bool:
+    """Whether a suite is a folder, with or without a split: not where its name means something here (./beir does)."""
+    return name not in (*SUITES, *STDLIB, "quick") and not name.startswith("quick:") and is_folder(name)
+
+
 def expand(suites: list[str], named: Iterable[str] | None = None) -> list[str]:
     """Suites with `quick` and `stage` written out: both mean every local folder of `named` (None: of `suites`) too.
 
@@ -66,7 +71,7 @@ def expand(suites: list[str], named: Iterable[str] | None = None) -> list[str]:
     Raises:
         RecipeError: for quick where no folder is named.
     """
-    folders = [name for name in (suites if named is None else named) if is_folder(name)]
+    folders = [name for name in (suites if named is None else named) if _is_local(name)]
     expanded = []
     for suite in suites:
         if suite == "quick" and not folders:
@@ -92,7 +97,7 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
             raise RecipeError(f"suite {name}: no such split; use {' or '.join(STDLIB)}")
         task = local_task(stdlib_collection(STDLIB[name]), "stdlib", STDLIB[name], code=True)
         return [task._replace(group=LOCAL, member=task.collection.name)]
-    if is_folder(name):
+    if _is_local(name):
         task = load_folder(name)
         return [task._replace(group=LOCAL, member=task.collection.name)]
     if name.startswith("quick:") and is_folder(name.removeprefix("quick:")):
@@ -136,8 +141,11 @@ def data_state(suites: list[str]) -> dict[str, Any]:
     """
     state = {}
     for suite in suites:
-        place = suite.partition("=")[2] or suite.removeprefix("quick:")
-        folder = next((Path(p).expanduser() for p in (place, place.rpartition(":")[0]) if p and is_folder(p)), None)
+        quick = suite.removeprefix("quick:")
+        local = quick != suite or _is_local(suite)
+        places = (quick, quick.rpartition(":")[0]) if local else (suite.partition("=")[2],)
+        folders = [Path(place).expanduser() for place in places if place]
+        folder = next((place for place in folders if place.is_dir()), None)
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
         found = [(str(path.relative_to(folder)), path.stat()) for path in files] if folder else []
         state[suite] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]

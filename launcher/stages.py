@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from launcher.starts import (
     bm25_is_scored,
@@ -51,6 +52,8 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
         on_rank_zero(lambda: check_order(recipe, only, run))
     with mendable("BM25"):
         score_bm25(recipe, run)
+    for index in on_rank_zero(lambda: finished_stages(recipe, run)):
+        rescore(recipe, index, run, device)
     indices, reason = list(range(len(recipe.stages))) if only is None else [only], ""
     for index in indices:
         if reason := stop_after(recipe, index - 1, run):
@@ -85,6 +88,7 @@ def check_order(recipe: Recipe, index: int, run: Path) -> None:
 
 def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> None:
     """Train, export and evaluate one stage, unless that is done."""
+    from eval.suites import data_state
     from toolkit.training.loop import stage_folder, train_stage
 
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
@@ -93,8 +97,29 @@ def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> No
         return
     with mendable(f"stage {index} {stage.name}"):
         result = train_stage(recipe, index, run, device)
+        data = on_rank_zero(lambda: data_state(stage.eval.suites))
         scores = evaluate_export(recipe, index, run, device)
-    on_rank_zero(lambda: finish(folder, result._asdict() | {"scores": scores}))
+        on_rank_zero(lambda: finish(folder, result._asdict() | {"scores": scores, "data": data}))
+
+
+def rescore(recipe: Recipe, index: int, run: Path, device: torch.device) -> None:
+    """Evaluate a finished stage, and the start it goes back to, again if the data of its suites changed since."""
+    from eval.suites import data_state
+    from toolkit.training.loop import stage_folder
+
+    stage, folder, first = recipe.stages[index], stage_folder(run, recipe, index), origin(recipe, index)
+    done = on_rank_zero(lambda: json.loads((folder / "done.json").read_text(encoding="utf-8")))
+    data = on_rank_zero(lambda: data_state(stage.eval.suites))
+    if done.get("data", {suite: [] for suite in data}) == data:  # not in older records: as if there were no folder
+        return
+    where = f"stage {index} {stage.name}"
+    on_rank_zero(lambda: print(f"{where}: the data of its suites changed; evaluated again", flush=True))
+    if first is not None:
+        with mendable(f"stage {first} {recipe.stages[first].name}: start"):
+            evaluate_start(recipe, first, run, device)
+    with mendable(where):
+        scores = evaluate_export(recipe, index, run, device)
+        on_rank_zero(lambda: finish(folder, done | {"scores": scores, "data": data}))
 
 
 @contextmanager
@@ -102,8 +127,8 @@ def mendable(where: str) -> Iterator[None]:
     """Errors of the library that tell of the user's models, data or machine, as one line."""
     try:
         yield
-    except (ValueError, ImportError) as error:
-        raise RecipeError(f"{where}: {error}") from error
+    except (ValueError, ImportError, OSError, SafetensorError) as error:  # the last two: also a disk that is full
+        raise RecipeError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def check_ahead(recipe: Recipe, ranks: int) -> None:
@@ -220,6 +245,13 @@ def is_done(folder: Path) -> bool:
     return (folder / "done.json").is_file()
 
 
+def finished_stages(recipe: Recipe, run: Path) -> list[int]:
+    """Numbers of the stages that are done."""
+    from toolkit.training.loop import stage_folder
+
+    return [index for index in range(len(recipe.stages)) if is_done(stage_folder(run, recipe, index))]
+
+
 def finish(folder: Path, result: dict[str, Any]) -> None:
     """Mark a stage as finished."""
     replace_text(folder / "done.json", json.dumps(result, indent=2, default=str) + "\n")
@@ -235,7 +267,7 @@ def report(recipe: Recipe, run: Path, stopped: str) -> None:
     from toolkit.training.loop import stage_folder
 
     folders = [stage_folder(run, recipe, index) for index in range(len(recipe.stages))]
-    done = [index for index, folder in enumerate(folders) if is_done(folder)]
+    done = finished_stages(recipe, run)
     labels = [f"{index} {stage.name}" for index, stage in enumerate(recipe.stages)]
     rows = [ReportRow("BM25", run / "bm25" / "eval", "", [])] if bm25_is_scored(recipe, run) else []
     for index in done:

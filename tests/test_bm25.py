@@ -170,3 +170,19 @@ def test_a_damaged_index_is_made_anew_and_never_used(harm: str, tmp_path: Path, 
     assert search(tmp_path) == plain and builds == [True]
     assert search(tmp_path) == plain and builds == [True]  # it is whole again
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_an_index_that_another_process_placed_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """That process, or a third, may be reading it."""
+    build, written = bm25._index, []
+
+    def slow(words: list[list[str]], code: bool) -> bm25s.BM25:
+        if not written:
+            written.append(0)
+            bm25_index(DOCUMENTS, code=code, cache=tmp_path)  # the other one, from beginning to end
+            written[0] = next(tmp_path.iterdir()).stat().st_mtime_ns
+        return build(words, code)
+
+    monkeypatch.setattr(bm25, "_index", slow)
+    bm25_index(DOCUMENTS, code=True, cache=tmp_path)
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == written

@@ -165,6 +165,7 @@ def test_a_folder_that_is_kept_says_what_it_holds_of_others(retriever: Retriever
         f"all but {store.checkpoint}\n"
     )
     assert json.loads(next(store.folder.rglob("encoding.json")).read_text())["texts"] == 41
+    leave(Store(tmp_path / "never made", "0"), keep=True)  # nothing was encoded
     leave(store, keep=False)
     assert not store.folder.exists()
 

@@ -85,6 +85,8 @@ def bm25_index(documents: list[str], *, code: bool, cache: Path | None = None) -
     if _is_whole(folder):
         return bm25s.BM25.load(folder, load_corpus=False, allow_pickle=False)
     index = bm25_index(documents, code=code)
+    if _is_whole(folder):  # another process was first; its index may be in use
+        return index
     shutil.rmtree(folder, ignore_errors=True)
     with placing_folder(folder) as work:
         index.save(work, allow_pickle=False, show_progress=False)

@@ -156,6 +156,8 @@ def leave(store: Store, keep: bool) -> None:
     if not keep:
         shutil.rmtree(store.folder, ignore_errors=True)
         return
+    if not store.folder.is_dir():  # nothing was encoded into it: mteb's own tasks keep no vectors
+        return
     others = [folder for folder in store.folder.iterdir() if folder.is_dir() and folder.name != store.checkpoint]
     size = sum(path.stat().st_size for folder in others for path in folder.rglob("*") if path.is_file())
     if others:

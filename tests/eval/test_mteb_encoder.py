@@ -13,11 +13,13 @@ from retrievers import tiny_retriever
 
 from eval import evaluate as evaluation
 from eval.evaluate import evaluate, evaluate_bm25
+from eval.results import MtebResult
 from eval.tasks import MtebTask
 from toolkit.embed import Retriever, embed_texts
-from toolkit.recipe import EvalSettings
+from toolkit.recipe import EvalSettings, RecipeError
 
 NAMES = ["LocalSTS", "LocalClassification", "LocalClustering", "LocalPairs"]
+RUN = {"dataset_revision": "1"}  # mteb's result of a whole task, as far as it is read here
 
 
 def theirs(retriever: Retriever) -> dict[str, float]:
@@ -84,6 +86,21 @@ def test_a_task_of_another_kind_from_its_copy_on_disk(tmp_path: Path, monkeypatc
     other = evaluate(tiny_retriever(), [suite], tmp_path / "out", label="tiny", step=None)["STSBenchmark"]
     after = json.loads((tmp_path / "out" / "metrics.json").read_text())["collections"]["STSBenchmark"]["revision"]
     assert other != found and before != after and before.startswith("disk-")
+
+
+def test_a_task_from_two_places_is_an_error(tmp_path: Path, monkeypatch):
+    """Its scores would stand under one name."""
+    (task, *_) = others()
+    hub = MtebTask(task, task.metadata.name)
+    suites = {"hub": [hub], "disk": [hub._replace(folder=tmp_path)]}
+    monkeypatch.setattr(evaluation, "load_suite", suites.__getitem__)
+    monkeypatch.setattr(
+        evaluation, "score_by_mteb", lambda *_: {hub.name: MtebResult("s", {"main_score": 1.0}, RUN, 0)}
+    )
+    with pytest.raises(RecipeError, match="two different collections are called LocalSTS; name one of them"):
+        evaluate(tiny_retriever(), ["hub", "disk"], tmp_path / "out", label="tiny", step=None)
+    for suite in suites:
+        assert evaluate(tiny_retriever(), [suite] * 2, tmp_path / "out", label="", step=None) == {hub.name: {"s": 1.0}}
 
 
 def test_bm25_leaves_them_out(suite: list[str], tmp_path: Path):

@@ -1,6 +1,7 @@
 """Evaluation end to end: files, shared documents, candidates, ranks, and the command."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from beir import write_beir
 from distributed import rank_environment, run_on_ranks
 from retrievers import tiny_retriever
 
+import toolkit.retrievers
 from eval import evaluate as evaluation
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.run import main
 from eval.suites import load_suite
 from toolkit import bm25
 from toolkit.recipe import RecipeError
+from toolkit.retrievers import Loaded
 
 
 @pytest.fixture
@@ -161,13 +164,18 @@ def test_ranks_score_as_one_process(world_size: int, folder: Path, tmp_path: Pat
 
 
 def test_what_one_rank_cannot_read_is_told_by_all(folder: Path, tmp_path: Path):
+    """And rank 0 alone makes BM25's index, which the others read; a cache that cannot be written is told by all."""
     damaged = write_beir(tmp_path / "damaged")
     (damaged / "corpus.jsonl").write_text("{\n")
     request = {"whole": str(folder), "damaged": str(damaged), "output": str(tmp_path / "out")}
+    places = {"cache": "cache", "output_cached": "cached", "no_folder": "damaged/corpus.jsonl"}
+    request |= {name: str(tmp_path / place) for name, place in places.items()}
     answer = run_on_ranks("suite_ranks.py", 2, request, tmp_path, timeout=120)
+    assert [own.pop(0) for own in answer] == [[evaluate_bm25([str(folder)], tmp_path / "one"), made] for made in (1, 0)]
     assert answer[0] == answer[1]
-    assert answer[0][0].startswith(f"{damaged}/corpus.jsonl: line 1: not valid JSON")
-    assert answer[0][1] == f"{folder}: cannot be read"
+    assert answer[0][0].startswith(f"{damaged}/corpus.jsonl/") and "cannot be used (Not a directory)" in answer[0][0]
+    assert answer[0][1].startswith(f"{damaged}/corpus.jsonl: line 1: not valid JSON")
+    assert answer[0][2] == f"{folder}: cannot be read"
     assert not (tmp_path / "out").exists()
 
 
@@ -183,6 +191,46 @@ def test_command_on_bm25(folder: Path, tmp_path: Path, capsys):
         f"{row['mrr_at_10']:.4f}",
     ):
         assert text in printed
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """The tiny retriever, whatever is named; the names in their order."""
+    names: list[str] = []
+    load = lambda what, *_: names.append(what) or Loaded(tiny_retriever(), {})  # noqa: E731
+    monkeypatch.setattr(toolkit.retrievers, "load_any", load)
+    return names
+
+
+def test_command_on_a_retriever(loaded: list[str], folder: Path, tmp_path: Path, capsys):
+    """Beside BM25, with a test of the difference where there are two queries; alone if asked."""
+    arguments = ["any", "--suite", str(folder), "--output", str(tmp_path / "out")]
+    cache = tmp_path / "cache"
+    assert main([*arguments, "--bm25-cache", str(cache)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'out'} (after) against {tmp_path / 'out' / 'bm25'} (before)" in " ".join(printed.split())
+    assert "p Holm" in printed and "BM25" in printed and len(list(cache.glob("bm25_*"))) == 1
+    shutil.rmtree(tmp_path / "out")
+    assert main([*arguments, "--no-bm25"]) == 0
+    printed = capsys.readouterr().out
+    assert "retriever" in printed and "BM25" not in printed and "p Holm" not in printed
+    assert not (tmp_path / "out" / "bm25").exists()
+    qrels = folder / "qrels" / "test.tsv"
+    qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[:2]))
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "BM25" in printed and "p Holm" not in printed
+    assert main(["bm25", "--no-bm25", *arguments[1:]]) == 2
+    assert capsys.readouterr().err.startswith("error: --no-bm25: ")
+
+
+def test_earlier_results_are_read_before_anything_is_scored(loaded: list[str], folder: Path, tmp_path: Path, capsys):
+    arguments = ["any", "--suite", str(folder), "--output", str(tmp_path / "out"), "--no-bm25", "--compare"]
+    assert main([*arguments, str(tmp_path / "typo")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'typo'}: holds no result") and loaded == []
+    evaluate_bm25([str(folder)], tmp_path / "earlier")
+    assert main([*arguments, str(tmp_path / "earlier")]) == 0 and loaded == ["any"]
+    assert f"against {tmp_path / 'earlier'} (before)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("what", ["bm25", "nothing"])

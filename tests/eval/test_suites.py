@@ -9,7 +9,7 @@ from beir import write_beir, write_hub_layout, write_questions
 from datasets import Dataset
 
 from eval.folders import shrink
-from eval.suites import SUITES, expand, load_suite
+from eval.suites import SUITES, data_state, expand, load_suite
 from eval.tasks import MtebTask
 from toolkit.recipe import RecipeError
 
@@ -280,6 +280,24 @@ def test_quick_and_stage_mean_every_folder_that_is_named(folder: Path, tmp_path:
     assert expand([f"quick:{folder}", "SciFact"]) == [f"quick:{folder}", "SciFact"]
     with pytest.raises(RecipeError, match="no local folder is named; write quick:FOLDER"):
         expand(["quick"], ["SciFact"])
+
+
+def test_a_folder_does_not_hide_a_suite(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_beir(tmp_path / "beir")
+    assert error("beir").startswith("suite TRECCOVID: ")  # looked for on the hub
+    assert [task.collection.name for task in load_suite("./beir")] == ["beir:test"]
+    assert expand(["beir", "stage"]) == ["beir", "stage"] and expand(["./beir", "quick"])[1:] == ["quick:./beir"]
+    assert not data_state(["beir"])["beir"] and data_state(["./beir"])["./beir"]
+
+
+def test_the_state_of_the_data_is_that_of_the_folder_that_is_read(folder: Path):
+    odd = write_beir(folder.with_name("a=b"))
+    for place in (folder, odd):
+        suites = [f"{how}{place}{split}" for how in ("", "quick:") for split in ("", ":dev")]
+        states = data_state([*suites, f"SciFact={place}"])
+        assert len(states) == 5 and all(len(state) == 4 for state in states.values())
+    assert data_state(["stdlib:dev", "SciFact"]) == {"stdlib:dev": [], "SciFact": []}
 
 
 def test_quick_keeps_what_is_relevant(tmp_path: Path):

@@ -14,6 +14,7 @@ import torch
 from beir import write_beir
 from distributed import WORKERS, launch
 from recipe_changes import changed
+from safetensors import SafetensorError
 from tiny import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -227,6 +228,24 @@ def test_a_finished_run_ends_with_a_report_or_one_line(tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert error.startswith("report: small:test: untrained and 0 language_model scored different data")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "/disk/shard.npy"), "No space left on device: '/disk/shard.npy'\n"),
+        (SafetensorError("I/O error: No space left\non device"), "I/O error: No space left on device\n"),
+        (TimeoutError(), "TimeoutError\n"),
+    ],
+)
+def test_a_full_disk_is_one_line(error: Exception, said: str, tmp_path, monkeypatch, capsys) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(loop, "train_stage", fail)
+    assert start(tmp_path, one_stage(tmp_path, ("stages.0.eval.suites", [])), monkeypatch) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("stage 0 language_model: ") and printed.endswith(said) and printed.count("\n") == 1
 
 
 def test_lora_targets_and_model_types_are_checked_against_the_model(tmp_path, monkeypatch, capsys) -> None:

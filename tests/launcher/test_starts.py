@@ -126,7 +126,8 @@ def test_a_start_is_evaluated_again_only_if_it_changed(two_builds, tmp_path, mon
     assert start(tmp_path, two_builds, monkeypatch) == 2 and done.stat().st_mtime_ns > written
 
 
-def test_no_score_is_kept_once_the_collection_changed(two_builds, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("split", ["", ":test"])
+def test_no_score_is_kept_once_the_collection_changed(split: str, two_builds, tmp_path, monkeypatch) -> None:
     """Neither the start's nor BM25's; the suites `quick` and `stage` stand for the folder that the recipe names."""
 
     def fail(*_: Any) -> Any:
@@ -136,7 +137,7 @@ def test_no_score_is_kept_once_the_collection_changed(two_builds, tmp_path, monk
     (folder,) = two_builds["stages"][0]["eval"]["suites"]
     two_builds["stages"] = [two_builds["stages"][0], two_builds["stages"][1]]
     two_builds["stages"][0]["eval"] = {"suites": ["quick"], "normalize": False}
-    two_builds["stages"][1]["eval"] = {"suites": [folder], "normalize": False}
+    two_builds["stages"][1]["eval"] = {"suites": [folder + split], "normalize": False}
     scores = []
     for text in ("", "", "\n"):
         qrels = Path(folder) / "qrels" / "test.tsv"
@@ -154,6 +155,37 @@ def test_no_score_is_kept_once_the_collection_changed(two_builds, tmp_path, monk
     for before, after in zip(*(scores[run][0] for run in (1, 2)), strict=True):
         assert before < after
     assert scores[1][1][0] != scores[2][1][0]
+
+
+def test_a_finished_stage_is_scored_again_once_its_data_changed(two_builds, tmp_path, monkeypatch) -> None:
+    """And its start and BM25: all of them can be compared again. Nothing is trained; also if another stage is asked."""
+    (folder,) = two_builds["stages"][0]["eval"]["suites"]
+    two_builds["stages"] = [stage | {"eval": {"suites": [f"{folder}:test"]}} for stage in two_builds["stages"][:2]]
+    done = [tmp_path / "run" / name / "done.json" for name in ("stage_0_language_model", "stage_1_again")]
+    evaluated: list[str] = []
+    dense = eval.evaluate.evaluate
+
+    def evaluate(*arguments: Any, label: str, **settings: Any) -> Any:
+        evaluated.append(label)
+        return dense(*arguments, label=label, **settings)
+
+    monkeypatch.setattr(eval.evaluate, "evaluate", evaluate)
+    assert start(tmp_path, two_builds, monkeypatch) == 0
+    monkeypatch.setattr(loop, "train_stage", lambda *_: int("trained again"))
+    before = [json.loads(path.read_text()) for path in done]
+    qrels = Path(folder) / "qrels" / "test.tsv"
+    qrels.write_text(qrels.read_text().replace("\t2\n", "\t0\n"))  # the same ids, other grades
+    for options, expected in ((("--stage", "1"), ["untrained", "language_model", "again"]), ((), [])):
+        evaluated.clear()
+        assert start(tmp_path, two_builds, monkeypatch, *options) == 0 and evaluated == expected
+    after = [json.loads(path.read_text()) for path in done]
+    for old, new in zip(before, after, strict=True):
+        assert old["data"] != new["data"] and old["scores"]["small:test"] != new["scores"]["small:test"]
+        assert old == new | {key: old[key] for key in ("data", "scores")}
+    done[0].write_text(json.dumps({key: value for key, value in after[0].items() if key != "data"}))  # of an older run
+    evaluated.clear()
+    assert start(tmp_path, two_builds, monkeypatch) == 0 and evaluated == ["language_model"]
+    assert json.loads(done[0].read_text()) == after[0]
 
 
 def test_the_scores_of_a_start_whose_data_changed_are_made_again(
