@@ -223,8 +223,9 @@ def _check_identical_ids(task: Task) -> None:
 
 
 def _candidates(task: Task, query_ids: list[str]) -> list[np.ndarray] | None:
-    """For each query the rising indices of the documents it may find."""
+    """For each query the rising indices of the documents it may find, none for one that the candidates do not name."""
     if task.candidates is None:
         return None
     place = {document: i for i, document in enumerate(task.collection.documents)}
-    return [np.array(sorted({place[document] for document in task.candidates[query]})) for query in query_ids]
+    found = ({place[d] for d in task.candidates.get(query, []) if d in place} for query in query_ids)
+    return [np.array(sorted(numbers), np.int64) for numbers in found]

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -17,8 +16,8 @@ from eval.suites import expand
 from toolkit.collectives import RankZeroFailed, join_ranks, on_rank_zero, rank
 from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
 from toolkit.recipe import EvalSettings, RecipeError
+from toolkit.retriever_settings import add_model_flags, settings_from_flags
 
-WHAT = "an export, a sentence-transformers model, an adapter or a base model, each a folder or a hub id; or bm25"
 SUITE = (
     "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, quick (of every "
     "FOLDER that is named), an mteb task or benchmark, or NAME=FOLDER with its data on disk; repeatable"
@@ -45,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a retriever or BM25 on collections.")
-    parser.add_argument("what", help=WHAT)
+    of_model = add_model_flags(parser)
     parser.add_argument("--suite", action="append", required=True, metavar="NAME", help=SUITE)
-    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter for a base model")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: WHAT/eval/<suite>, or eval_<name>")
     kept = "keep the documents' vectors here, found again for the same weights; default: in the output while it runs"
     parser.add_argument("--vectors", type=Path, metavar="DIR", help=kept)
@@ -57,12 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-bm25", action="store_true", help="score the retriever alone")
     parser.add_argument("--compare", type=Path, action="append", default=[], metavar="DIR", help="an earlier result")
-    of_model = parser.add_argument_group("instead of the model's own settings (written into the result)")
-    of_model.add_argument("--query-prefix", metavar="TEXT")
-    of_model.add_argument("--passage-prefix", metavar="TEXT")
-    of_model.add_argument("--max-tokens", type=int, metavar="N")
-    of_model.add_argument("--pooling", help="eos, mean or cls")
-    of_model.add_argument("--normalize", choices=("true", "false"), help="false: raw dot products")
     prompts = "prefix of all texts of an mteb task or type of task, e.g. 'Clustering=cluster: '; repeatable"
     of_model.add_argument("--prompt", action="append", default=[], metavar="TASK=TEXT", help=prompts)
     ids = "documents whose id equals the query's: task (default), keep or drop"
@@ -80,21 +72,9 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
         if not equals:
             raise RecipeError(f"--prompt {prompt}: write TASK=TEXT")
         prompts[task] = text
-    values: dict[str, Any] = {
-        "query_prefix": arguments.query_prefix,
-        "passage_prefix": arguments.passage_prefix,
-        "max_tokens": arguments.max_tokens,
-        "pooling": arguments.pooling,
-        "normalize": None if arguments.normalize is None else arguments.normalize == "true",
-        "prompts": prompts,
-        "identical_ids": arguments.identical_ids,
-        "bm25_text": arguments.bm25_text,
-    }
-    try:
-        return EvalSettings.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise RecipeError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}") from None
+    return settings_from_flags(
+        arguments, prompts=prompts, identical_ids=arguments.identical_ids, bm25_text=arguments.bm25_text
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:

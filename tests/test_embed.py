@@ -15,6 +15,7 @@ from toolkit import embed
 from toolkit.data.tokens import Tokens, pad, tokenize
 from toolkit.embed import checkpoint_digest, embed_texts, encode, load_retriever
 from toolkit.export import load_export
+from toolkit.vectors import Store
 
 
 def alone(retriever, text: str, prefix: str) -> np.ndarray:
@@ -84,6 +85,7 @@ def test_ranks_give_the_vectors_of_one_process(world_size: int, on_disk: bool, t
         assert np.abs(np.roll(expected, 1, axis=0) - per_rank[0]).max() > 0.1  # control: in another order
     problem = "vectors of 1 texts (as passage) are not finite: bad"
     assert answer["problems"] == [problem] * world_size  # one rank met it
+    assert answer["lost"] == ["lost 00000.npy" if on_disk else ""] * world_size  # one rank does not see the shards
 
 
 @pytest.mark.parametrize("size", [1, 40, 300, 10**9])
@@ -135,6 +137,21 @@ def test_a_collapsed_retriever_is_an_error_unless_training_starts_from_it(tmp_pa
     scores = evaluate(retriever, [suite], out, label="", step=None, may_collapse=True)
     assert 0 <= scores["small:test"]["ndcg_at_10"] < 1
     assert capsys.readouterr().err.count("warning: collapsed retriever") == 2  # passages and queries
+
+
+@pytest.mark.parametrize("texts", [("w1 w2", "w1  w2"), ("w5 " * 50, "w5 " * 60, "w5 " * 70), ("no", "No", "NO")])
+def test_texts_that_the_model_reads_alike_are_no_collapse(texts: tuple[str, ...], tmp_path):
+    """Unknown words are one token, as case is to an uncased tokenizer."""
+    retriever = tiny_retriever()
+    store = Store(tmp_path, checkpoint_digest(retriever), "fp16")
+    numbered = dict(zip("abc", texts, strict=False))
+    for kept in (None, store):
+        vectors = encode(retriever, numbered, "query", kept).array()
+        assert len(vectors) > 1 and np.abs(vectors - vectors[0]).max() < 1e-6
+    with torch.no_grad():
+        retriever.encoder.backbone.embed_tokens.weight.fill_(1.0)
+    with pytest.raises(ValueError, match="collapsed retriever"):  # one text more, and it is
+        encode(retriever, numbered | {"d": "w9"}, "query")
 
 
 def test_vectors_that_are_close_but_differ_are_no_collapse():

@@ -106,6 +106,33 @@ def test_one_and_two_ranks_write_the_same_file(folder: Path, export: Path, tmp_p
     assert record["by"]["checkpoint"] == checkpoint_digest(load_export(export, "cpu"))
 
 
+def test_a_base_model_is_told_how_it_embeds(folder: Path, tmp_path: Path, capsys):
+    """The flags that the error asks for, with an adapter and without; those of another prefix change the scores."""
+    made = make(CASES["llama_lora"], tmp_path / "base")
+    adapter = made.write(tmp_path / "export", merged=False)
+    common = ["--pairs", str(folder), "--split", "dev", *WINDOW]
+    what = str(made.base.folder)
+    assert main([what, *common, "--output", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.endswith("; add --pooling, --normalize, --max-tokens\n")
+    how = ["--pooling", "eos", "--normalize", "true", "--max-tokens", "24"]
+    scores = {}
+    for name, more in (
+        ("plain", []),
+        ("again", []),
+        ("adapter", ["--adapter", str(adapter)]),
+        ("query", ["--query-prefix", "find: "]),
+        ("passage", ["--passage-prefix", "text: "]),
+    ):
+        assert main([what, *common, *how, *more, "--output", str(tmp_path / name)]) == 0
+        scores[name] = np.load(tmp_path / name / "scores.npy", allow_pickle=False)[:, 0]
+    np.testing.assert_array_equal(scores.pop("again"), scores["plain"])
+    assert len({tuple(row) for row in scores.values()}) == 4
+    by = json.loads((tmp_path / "query" / "mined.json").read_text())["by"]
+    assert (by["adapter"], by["settings"]["query_prefix"], by["settings"]["eval_max_tokens"]) == (None, "find: ", 24)
+    assert main([str(adapter), *common, "--max-tokens", "9", "--output", str(tmp_path / "own")]) == 0
+    assert json.loads((tmp_path / "own" / "mined.json").read_text())["by"]["settings"]["eval_max_tokens"] == 9
+
+
 def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -115,6 +142,9 @@ def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
     cases = [
         (["bm25"], {}, "--text says what bm25 reads, prose or code; give it with bm25 and with nothing else"),
         ([str(tmp_path), "--text", "code"], {}, "--text says what bm25 reads"),
+        ([*BM25, "--pooling", "eos"], {}, "bm25 has no adapter, prefixes, length, pooling or normalisation; leave"),
+        ([*BM25, "--adapter", "x"], {}, "bm25 has no adapter, prefixes, length, pooling or normalisation; leave"),
+        (["x", "--pooling", "max"], {}, "--pooling: Input should be 'eos', 'mean' or 'cls'"),
         (BM25, {"--ranks": "0 5"}, "--ranks: input should be greater than 0"),
         (BM25, {"--ranks": "4 5"}, "--ranks: 4 to 5 hold fewer than 3 negatives; widen them"),
         (BM25, {"--max-share": "1.5"}, "--max-share: input should be less than or equal to 1"),

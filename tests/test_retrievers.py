@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from beir import write_beir, write_hub_layout, write_questions
+from distributed import run_on_ranks
 from retrievers import ragged_texts, tiny_retriever
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -31,14 +32,17 @@ def changes(**values: Any) -> EvalSettings:
     return EvalSettings(**values)
 
 
-def save(folder: Path, kind: str, tokenizer: str, *more: Any, pooling: str = "cls", **options: Any) -> Path:
-    """A folder by sentence-transformers itself, with random weights."""
+def save(
+    folder: Path, kind: str, tokenizer: str, *more: Any, pooling: str = "cls", by: Any = None, **options: Any
+) -> Path:
+    """A folder by sentence-transformers itself, with random weights; `by` is its similarity function."""
     transformer = Transformer(str(small_model(kind, folder / "base", tokenizer)), max_seq_length=24)
     if transformer.tokenizer.pad_token is None:
         transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
     modules = [transformer, Pooling(32, pooling, **options), *more]  # pyright: ignore[reportArgumentType]
     prompts = {"query": "find: ", "document": "text: ", "Clustering": "group: "}
-    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(folder / "model"))
+    model = SentenceTransformer(modules=modules, prompts=prompts, device="cpu", similarity_fn_name=by)
+    model.save(str(folder / "model"))
     return folder / "model"
 
 
@@ -58,7 +62,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     ],
 )
 def test_a_sentence_transformers_folder(kind: str, tokenizer: str, pooling: str, normalize: bool, tmp_path: Path):
-    folder = save(tmp_path, kind, tokenizer, *([Normalize()] * normalize), pooling=pooling)
+    by = None if normalize else "dot"
+    folder = save(tmp_path, kind, tokenizer, *([Normalize()] * normalize), pooling=pooling, by=by)
     retriever, prompts = load_any(str(folder), None, changes(), CPU)
     settings = retriever.settings
     assert prompts == {"Clustering": "group: "}
@@ -74,6 +79,28 @@ def test_a_sentence_transformers_folder(kind: str, tokenizer: str, pooling: str,
         texts = {str(i): text for i, text in enumerate(TEXTS)}
         vectors = encode(changed, texts, "query", may_collapse=True)  # as the first token of a causal model does
         assert distance(vectors.array(), theirs["query"]) > 1e-3
+
+
+@pytest.mark.parametrize(("by", "cosine"), [(None, True), ("cosine", True), ("dot", False)])
+def test_raw_vectors_are_compared_as_their_folder_says(by: str | None, cosine: bool, tmp_path: Path):
+    folder = save(tmp_path, "bert", "wordpiece", pooling="mean", by=by)
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"similarity_fn_name": by}))
+    retriever = load_any(str(folder), None, changes(), CPU).retriever
+    queries, passages = (embed_texts(retriever, TEXTS, side) for side in ("query", "passage"))
+    model: Any = SentenceTransformer(str(folder), device="cpu")
+    theirs = model.similarity(model.encode_query(TEXTS), model.encode_document(TEXTS)).numpy()
+    assert retriever.settings.normalize == cosine and distance(queries @ passages.T, theirs) < 1e-5
+    other = with_settings(retriever, changes(normalize=not cosine))
+    queries, passages = (embed_texts(other, TEXTS, side) for side in ("query", "passage"))
+    assert distance(queries @ passages.T, theirs) > 1e-2
+
+
+@pytest.mark.parametrize("by", ["euclidean", "manhattan"])
+def test_distances_are_refused(by: str, tmp_path: Path):
+    folder = save(tmp_path, "bert", "wordpiece", Normalize(), by=by)
+    with pytest.raises(RecipeError, match=f"compares by {by} distance .*; run are similarity_fn_name cosine and dot$"):
+        load_any(str(folder), None, changes(), CPU)
 
 
 @pytest.mark.parametrize("name", ["llama_lora", "bert_full", "qwen3_full", "mistral_full"])
@@ -182,6 +209,28 @@ def test_a_folder_that_is_no_model(tmp_path: Path):
         load_any(str(tmp_path), None, changes(), CPU)
 
 
+def test_rank_zero_decides_what_a_name_is(adapter: tuple[Made, Path], tmp_path: Path):
+    """A folder that only one of the ranks has, or of which they have different parts, is an error on both."""
+    _, bare = adapter
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copytree(bare, tmp_path / place / "everywhere")
+    shutil.copytree(bare, tmp_path / "a" / "first")
+    shutil.copytree(bare, tmp_path / "b" / "second")
+    shutil.copytree(bare, tmp_path / "a" / "parts")
+    (tmp_path / "b" / "parts").mkdir()
+    request = {
+        "places": [str(tmp_path / "a"), str(tmp_path / "b")],
+        "names": ["first", "second", "parts", "everywhere"],
+    }
+    one, other = run_on_ranks("retriever_ranks.py", 2, request, tmp_path, timeout=120)
+    assert one == other
+    first, second, parts, everywhere = one
+    assert first.startswith("first is not on ") and first.endswith("; put it on a disk that all nodes share")
+    assert second.startswith("second: no such folder, and as a hub id: the hub cannot be reached")
+    assert "adapter" in parts and everywhere == "loaded"
+
+
 # --------------------------------------------------------------------------- settings
 
 
@@ -213,10 +262,11 @@ def _tokens(retriever: Any, text: str) -> Any:
 # --------------------------------------------------------------------------- the command, and official scores
 
 
-def test_an_official_task_from_disk_has_mtebs_score(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("more", [[Normalize()], []])
+def test_an_official_task_from_disk_has_mtebs_score(more: list[Any], tmp_path: Path, monkeypatch):
     """The command on a copy of a task's data, against mteb itself with the model as sentence-transformers runs it."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = save(tmp_path, "bert", "wordpiece", Normalize(), pooling="mean")
+    folder = save(tmp_path, "bert", "wordpiece", *more, pooling="mean")
     beir = write_beir(tmp_path / "beir")
     hub = write_hub_layout(tmp_path / "hub", beir)
     official: Any = mteb.get_task("SciFact")

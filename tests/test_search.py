@@ -67,6 +67,12 @@ def test_equals_a_plain_sort(num_queries: int, num_documents: int, k: int):
     assert (scores.dtype, indices.dtype) == (np.float32, np.int64)
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-5)
+    by_cosine = plain(queries, documents / np.linalg.norm(documents, axis=1, keepdims=True), k)[1]
+    rounded = plain(queries, documents.astype(np.float16), k)
+    # controls: cosines, and vectors rounded to fp16, give other ids (those of few documents may agree) and scores
+    assert num_documents < 40 or (by_cosine != expected).any(1).all()
+    assert num_documents < 700 or (rounded[1] != expected).any()
+    assert np.abs(rounded[0] - expected_scores).max() > 1e-4
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 50])
@@ -145,7 +151,11 @@ def test_ranks_find_what_one_process_finds(world_size: int, tmp_path: Path):
     """Of 3 shards the last of four ranks has none."""
     answer = run_on_ranks("search_ranks.py", world_size, {"parts": 3, "k": 40}, tmp_path)
     documents, queries = random(200, 7), random(11, 8)
-    assert answer == [plain(queries, documents, 40)[1].tolist()] * world_size
+    expected = plain(queries, documents, 40)[1]
+    assert answer == [expected.tolist()] * world_size
+    parts = np.array_split(np.random.default_rng(0).permutation(200), 3)  # as the worker deals them
+    own = np.sort(np.concatenate(parts[::world_size]))
+    assert (own[plain(queries, documents[own], 40)[1]] != expected).any(1).all()  # control: one rank's shards alone
 
 
 @pytest.mark.parametrize("library", ["torch"], indirect=True)

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 SAME = {"fp32": 1e-5, "fp16": 1e-3}  # rounding of one vector, relative to its largest element
 
 Kind = Literal["query", "passage"]
+Result = TypeVar("Result")
 
 
 class Retriever(NamedTuple):
@@ -107,7 +108,8 @@ def encode(
 
     Raises:
         ValueError: if there are no texts; naming ids, if vectors are not finite, do not fit into fp16, or if all texts
-            (more than one) got the same up to rounding (1e-5 of the largest element; 1e-3 in fp16).
+            (more than one, not all of the same tokens) got the same up to rounding (1e-5 of the largest element; 1e-3
+            in fp16).
     """
     if not texts:
         raise ValueError("no texts to embed")
@@ -115,7 +117,7 @@ def encode(
     work = _Work(retriever, list(texts.values()), ids, kind, tokens_per_batch)
     arrays = _in_memory(work, parts) if store is None else _on_disk(work, parts, store)
     vectors = Vectors([Shard(part, array) for part, array in zip(parts, arrays, strict=True)], first)
-    if _collapsed(vectors, SAME["fp32" if store is None else store.dtype]):
+    if _collapsed(vectors, SAME["fp32" if store is None else store.dtype]) and _read_differently(work, parts):
         count, named = sum(map(len, parts)), _named(ids, range(len(ids)))
         problem = f"collapsed retriever: all {count:,} different texts (as {kind}) got one vector ({named})"
         if not may_collapse:
@@ -170,7 +172,7 @@ def _on_disk(work: _Work, parts: list[np.ndarray], store: Store) -> list[np.ndar
     missing = [i for i in mine if not is_finished(paths[i], lambda line: print(line, file=sys.stderr, flush=True))]
     missing = sorted(gather_rows(np.array(missing, np.int64)).tolist())
     _encode_share(work, parts, missing, DTYPES[store.dtype], lambda i, array: save_shard(paths[i], array))
-    return [open_shard(path) for path in paths]
+    return _told_by_all(lambda: [open_shard(path) for path in paths])
 
 
 def _key(work: _Work, parts: list[np.ndarray]) -> str:
@@ -194,28 +196,44 @@ def _describe(folder: Path, work: _Work, store: Store) -> None:
 
 
 def _encode_share(work: _Work, parts: list[np.ndarray], missing: list[int], dtype: Any, keep: Any) -> None:
-    """Encode this rank's share of the missing shards; what went wrong on any rank is an error on all of them.
+    """Encode this rank's share of the missing shards.
 
     The ranks meet once, after their last shard, so that one with nothing to do only waits.
     """
-    problem = ""
-    try:
+
+    def encode_own() -> None:
         for i in missing[rank() :: world_size()]:
             keep(i, _checked(work, parts[i], _embed(work, parts[i]), dtype))
+
+    _told_by_all(encode_own)
+
+
+def _told_by_all(work: Callable[[], Result]) -> Result:
+    """What `work` returns, on each rank its own; what went wrong on any rank is a ValueError on all of them."""
+    result: Any = None
+    problem = ""
+    try:
+        result = work()
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = str(error) or type(error).__name__
     problem = first_of_any_rank(problem)
     if problem:
         raise ValueError(problem)
+    return result
+
+
+def _token_rows(work: _Work, part: np.ndarray) -> list[list[int]]:
+    _, tokenizer, settings = work.retriever
+    texts = [work.texts[i] for i in part]
+    return tokenize(tokenizer, texts, _prefix(work), settings.eval_max_tokens, settings.append_eos)
 
 
 @torch.inference_mode()
 def _embed(work: _Work, part: np.ndarray) -> np.ndarray:
     """The vectors of the texts of one shard, fp32 [rows, dim]."""
-    encoder, tokenizer, settings = work.retriever
+    encoder, tokenizer = work.retriever.encoder, work.retriever.tokenizer
     device = next(encoder.parameters()).device
-    texts = [work.texts[i] for i in part]
-    rows = tokenize(tokenizer, texts, _prefix(work), settings.eval_max_tokens, settings.append_eos)
+    rows = _token_rows(work, part)
     limit = work.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
     vectors, first = [], 0
@@ -249,3 +267,10 @@ def _collapsed(vectors: Vectors, tolerance: float) -> bool:
     limit = tolerance * max(float(np.abs(reference).max()), np.finfo(np.float32).tiny)
     same = (np.abs(shard.vectors.astype(np.float32) - reference).max() <= limit for shard in vectors.shards)
     return sum(len(shard.numbers) for shard in vectors.shards) > 1 and all(same)
+
+
+def _read_differently(work: _Work, parts: list[np.ndarray]) -> bool:
+    """Whether the texts are different to the model: white space, case or what is cut may be all that differs."""
+    rows = (row for part in parts for row in _token_rows(work, part))
+    first = next(rows)
+    return any(row != first for row in rows)

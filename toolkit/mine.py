@@ -25,13 +25,14 @@ from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_negatives import about_bm25, passages_beside
 from toolkit.recipe import EvalSettings, FolderSource, MineSettings, RecipeError
 from toolkit.recipe_checks import ranks_problem
+from toolkit.retriever_settings import add_model_flags, settings_from_flags, with_settings
 from toolkit.retrievers import load_any
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.mine", description="Mine hard negatives for pairs.")
-    parser.add_argument("what", help="an export or a sentence-transformers model, a folder or a hub id; or bm25")
+    add_model_flags(parser)
     parser.add_argument("--pairs", required=True, metavar="PATH", help="a folder in BEIR layout, or rows of pairs")
     parser.add_argument("--split", default="train", help="judgements of a folder in BEIR layout (default: train)")
     corpus = "more passages to search: a folder in BEIR layout, or rows with text (default: those of the pairs)"
@@ -60,13 +61,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    settings = _settings(arguments)
+    settings, changes = _settings(arguments), _changes(arguments)
     source = _source(arguments.pairs, arguments.split)
     device = join_ranks()
     on_rank_zero(lambda: _check_output(arguments.output))
     retriever = None
     if arguments.what != "bm25":
-        retriever = load_any(arguments.what, None, EvalSettings(), device).retriever  # pyright: ignore[reportCallIssue]
+        retriever = with_settings(load_any(arguments.what, arguments.adapter, changes, device).retriever, changes)
 
     def read() -> Any:
         records = list(read_pairs(source, Counter()))
@@ -92,6 +93,7 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         about["by"] = {
             "retriever": arguments.what,
+            "adapter": arguments.adapter,
             "checkpoint": on_rank_zero(lambda: checkpoint_digest(retriever)),
             "settings": retriever.settings.model_dump(),
         }
@@ -118,6 +120,13 @@ def _settings(arguments: argparse.Namespace) -> MineSettings:
     if problem := ranks_problem(settings):
         raise RecipeError(f"--ranks: {problem}")
     return settings
+
+
+def _changes(arguments: argparse.Namespace) -> EvalSettings:
+    changes = settings_from_flags(arguments)
+    if arguments.what == "bm25" and (arguments.adapter is not None or changes.model_dump(exclude_defaults=True)):
+        raise RecipeError("bm25 has no adapter, prefixes, length, pooling or normalisation; leave their flags out")
+    return changes
 
 
 def _source(path: str, split: str) -> FolderSource:

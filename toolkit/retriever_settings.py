@@ -1,12 +1,48 @@
-"""How a retriever is evaluated: settings that differ from its export's, and prompts of tasks.
+"""How a retriever is evaluated: settings that differ from its export's, their flags, and prompts of tasks.
 
-Called by eval.evaluate and toolkit.retrievers.
+Called by eval.evaluate, toolkit.retrievers, and the commands eval.run and toolkit.mine.
 """
+
+import argparse
+from typing import Any
+
+from pydantic import ValidationError
 
 from toolkit.embed import Retriever
 from toolkit.models.backbone import check_length
 from toolkit.models.encoder import Encoder
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
+
+WHAT = "an export, a sentence-transformers model, an adapter or a base model, each a folder or a hub id; or bm25"
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add `what`, --adapter and the settings of a retriever to a command; returns the settings' group."""
+    parser.add_argument("what", help=WHAT)
+    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter for a base model")
+    group = parser.add_argument_group("instead of the model's own settings (written into the result)")
+    group.add_argument("--query-prefix", metavar="TEXT")
+    group.add_argument("--passage-prefix", metavar="TEXT")
+    group.add_argument("--max-tokens", type=int, metavar="N")
+    group.add_argument("--pooling", help="eos, mean or cls")
+    group.add_argument("--normalize", choices=("true", "false"), help="false: raw dot products")
+    return group
+
+
+def settings_from_flags(arguments: argparse.Namespace, **others: Any) -> EvalSettings:
+    """The settings that the flags of `add_model_flags` give, and `others`; raises RecipeError naming the flag."""
+    values = {
+        "query_prefix": arguments.query_prefix,
+        "passage_prefix": arguments.passage_prefix,
+        "max_tokens": arguments.max_tokens,
+        "pooling": arguments.pooling,
+        "normalize": None if arguments.normalize is None else arguments.normalize == "true",
+    }
+    try:
+        return EvalSettings.model_validate(values | others)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise RecipeError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}") from None
 
 
 def with_settings(retriever: Retriever, changes: EvalSettings) -> Retriever:

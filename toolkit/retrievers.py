@@ -4,6 +4,7 @@ Called by eval.run. Reads safetensors only and runs no code that comes with weig
 """
 
 import itertools
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +51,10 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     folder = _find(what)
     added = None if adapter is None else _find(adapter)
     base = None
-    if added is None and on_every_rank(lambda: _is_bare_adapter(folder)):
-        base, added = on_every_rank(lambda: base_of_adapter(folder)), folder
+    if added is None:
+        base = together(lambda: base_of_adapter(folder) if _is_bare_adapter(folder) else None)
+    if base is not None:
+        added = folder
     of = folder if base is None else _find(base)
     return on_every_rank(lambda: _load(what, of, added, changes, device))
 
@@ -75,14 +78,23 @@ def _is_bare_adapter(folder: Path) -> bool:
 
 
 def _find(what: str) -> Path:
-    """A folder as it is; anything else that can be a hub id is fetched: rank 0 first, then the others."""
+    """A folder as it is; anything else that can be a hub id is fetched: rank 0 first, then the others.
+
+    Which of them it is rank 0 decides, as the ranks would wait for one another in different places.
+    """
     folder = Path(what).expanduser()
-    if on_every_rank(folder.is_dir):
+    if together(folder.is_dir):
+        on_every_rank(lambda: _check_there(folder))
         return folder
     if folder.is_absolute() or what.startswith((".", "~")) or what.count("/") > 1:
         raise RecipeError(f"{what}: no such folder; name the folder of a retriever, its id on the hub, or bm25")
     path = Path(together(lambda: _snapshot(what)))
     return Path(on_every_rank(lambda: path if rank() == 0 else _snapshot(what)))
+
+
+def _check_there(folder: Path) -> None:
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is not on {socket.gethostname()}; put it on a disk that all nodes share")
 
 
 def _snapshot(hub: str) -> str:
@@ -151,6 +163,11 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
             f"{what}: consists of {', '.join(parts)}; run are a Transformer, Pooling over all tokens by "
             f"{', '.join(ours)}, and Normalize, so export it without the other parts"
         )
+    if model.similarity_fn_name not in ("cosine", "dot"):  # cosine also where its config names none
+        raise RecipeError(
+            f"{what}: compares by {model.similarity_fn_name} distance (config_sentence_transformers.json); run are "
+            "similarity_fn_name cosine and dot"
+        )
     tokenizer = modules[0].tokenizer
     if tokenizer.eos_token is None:  # [CLS] text [SEP]
         tokenizer.eos_token = tokenizer.sep_token
@@ -161,7 +178,7 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
     document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
     settings = _settings(
         ours[modules[1].pooling_mode],
-        names[-1] == "Normalize",
+        names[-1] == "Normalize" or model.similarity_fn_name == "cosine",
         ends_with_eos(tokenizer),
         prompts.get("query", default),
         document,

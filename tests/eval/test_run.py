@@ -141,6 +141,25 @@ def test_candidates(system: str, folder: Path, tmp_path: Path, monkeypatch):
     assert found["kept"] == found["all"]
 
 
+@pytest.mark.parametrize("system", ["dense", "bm25"])
+def test_queries_without_candidates_and_unknown_ones(system: str, folder: Path, tmp_path: Path, monkeypatch):
+    (task,) = load_suite(str(folder))
+    none, missing, *others = task.collection.queries
+    wanted = {query: [f"d{query[1:]}", f"d{int(query[1:]) + 20}"] for query in task.collection.queries}
+    few = {none: [], **{query: [*wanted[query], "unknown"] for query in others}}
+    found = {}
+    for name, candidates in (("wanted", wanted), ("few", few)):
+        variant = task._replace(candidates=candidates)
+        monkeypatch.setattr(evaluation, "load_suite", lambda suite, variant=variant: [variant])
+        if system == "dense":
+            evaluate(tiny_retriever(), ["x"], tmp_path / name, label="", step=None)
+        else:
+            evaluate_bm25(["x"], tmp_path / name)
+        found[name] = json.loads((tmp_path / name / "per_query.json").read_text())["small:test"]["ndcg_at_10"]
+    assert found["few"] == found["wanted"] | {none: 0.0, missing: 0.0}
+    assert min(found["wanted"].values()) > 0
+
+
 def test_a_main_score_of_its_own_is_reported(folder: Path, tmp_path: Path, monkeypatch):
     (task,) = load_suite(str(folder))
     monkeypatch.setattr(evaluation, "load_suite", lambda suite: [task._replace(main_score="recall_at_1")])
