@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from rich.table import Table
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MAIN, file_name
 from eval.suites import expand
-from toolkit.collectives import RankZeroFailed, join_ranks, on_rank_zero, rank
-from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
+from toolkit.collectives import join_ranks, on_rank_zero, rank
+from toolkit.command import exit_code
+from toolkit.last_words import end
 from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retriever_settings import add_model_flags, settings_from_flags
 
@@ -27,19 +26,7 @@ SUITE = (
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
     arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
-        time.sleep(SECONDS_TO_SPEAK)
-        return 2
-    except (RecipeError, ValueError, ImportError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except Exception:
-        if is_told_by_another():
-            os._exit(2)  # as that rank did: the process group is broken
-        raise
-    return 0
+    return exit_code(lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

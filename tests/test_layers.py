@@ -41,7 +41,8 @@ OURS = {
     "toolkit.last_words": set(),
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS
-    | {"eval", "toolkit.retrievers", "toolkit.retriever_settings", "toolkit.prepare", "toolkit.last_words"},
+    | {"eval", "toolkit.command", "toolkit.last_words", "toolkit.prepare"}
+    | {"toolkit.retrievers", "toolkit.retriever_settings"},
     "launcher": {"toolkit", "eval", "launcher"},
 }
 # What of others the modules that must stay light may import besides the standard library.

@@ -4,22 +4,21 @@ Also under a launcher: `deepspeed --module toolkit.mine ...` shares the texts an
 """
 
 import argparse
-import os
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.collectives import RankZeroFailed, join_ranks, on_rank_zero
+from toolkit.collectives import join_ranks, on_rank_zero
+from toolkit.command import exit_code
 from toolkit.data.beir import read_beir_texts
 from toolkit.data.negatives import known_positives, mining_rows
 from toolkit.data.pair_records import content_hash, read_pairs
 from toolkit.data.records import read_source
 from toolkit.embed import checkpoint_digest
 from toolkit.files import replacing_folder
-from toolkit.last_words import SECONDS_TO_SPEAK, end, is_told_by_another, say
+from toolkit.last_words import end
 from toolkit.mining import bm25_search, digest_of_all, mine, retriever_search, write_mined
 from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_negatives import about_bm25, passages_beside
@@ -45,19 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", required=True, type=int, help="draws the negatives from the ranks")
     parser.add_argument("--text", choices=("prose", "code"), help="what bm25 reads")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    try:
-        _run(parser.parse_args(argv))
-    except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
-        time.sleep(SECONDS_TO_SPEAK)
-        return 2
-    except (RecipeError, ValueError, ImportError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except Exception:
-        if is_told_by_another():
-            os._exit(2)  # as that rank did: the process group is broken
-        raise
-    return 0
+    arguments = parser.parse_args(argv)
+    return exit_code(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -375,13 +375,17 @@ class Crops(Section):
     )
 
 
+Bm25Text = Annotated[
+    Literal["prose", "code"],
+    Field(description="prose: English stop words removed, words stemmed; code: words split at underscores and case."),
+]
+
+
 class Bm25Neighbours(Section):
     """Neighbours share rare words: BM25 between the first 256 words of documents."""
 
     by: Literal["bm25"]
-    text: Literal["prose", "code"] = Field(
-        description="prose: English stop words removed, words stemmed; code: words split at underscores and case."
-    )
+    text: Bm25Text
 
 
 class EmbeddingNeighbours(Section):
@@ -423,9 +427,7 @@ class Bm25Mine(MineSettings):
     """Hard negatives by BM25, each source searched for itself, before the stage trains."""
 
     by: Literal["bm25"]
-    text: Literal["prose", "code"] = Field(
-        description="prose: English stop words removed, words stemmed; code: words split at underscores and case."
-    )
+    text: Bm25Text
 
 
 class RetrieverMine(MineSettings):
