@@ -79,6 +79,16 @@ def first_of_any_rank(text: str) -> str:
     return _broadcast_text(text if int(speakers[0]) == rank() else None, int(speakers[0])) if len(speakers) else ""
 
 
+def gather_texts(text: str) -> list[str]:
+    """A text of every rank, in rank order, on every rank."""
+    if not is_distributed():
+        return [text]
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=group_device())
+    sizes = gather(torch.tensor([len(data)], device=group_device())).tolist()
+    rows = gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data)))[None])
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
 def group_device() -> torch.device:
     """Where tensors must live to travel between ranks."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
