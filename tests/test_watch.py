@@ -81,4 +81,4 @@ def test_a_process_alone_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None
         watched.at(9, COMPUTING, 0.3 / 60)
         assert stopped.wait(20)
     assert codes == [watch.LOST] and len(said) == 1
-    assert said[0].startswith("rank 0 (") and "no progress for 0.005 minutes, at step 9, computing" in said[0]
+    assert said[0].startswith("\nrank 0 (") and "no progress for 0.005 minutes, at step 9, computing" in said[0]

@@ -173,7 +173,7 @@ class Watch:
         self._seen = [seen_now(before, status, now) for before, status in zip(self._seen, said, strict=True)]
         problem = verdict([seen for seen in self._seen if seen is not None], self._hosts, now)
         if problem:
-            tell(problem)
+            tell(f"\n{problem}")  # a progress bar may stand on the line
             if self._store is not None:
                 self._store.set(_VERDICT, problem)
                 time.sleep(2 * BEAT_SECONDS)  # the store ends with this process: the others look first
@@ -184,7 +184,7 @@ class Watch:
         others = [r for r in range(1, world_size()) if self._hosts[r] == self._hosts[rank()]]
         if rank() == others[0]:
             said = f"rank 0 ({self._hosts[0]}): does not answer rank {rank()} ({self._hosts[rank()]}), which is"
-            tell(f"{said} {_place(self._own)}: killed, stopped, or its machine is down or cut off; {_ADVICE}")
+            tell(f"\n{said} {_place(self._own)}: killed, stopped, or its machine is down or cut off; {_ADVICE}")
         os._exit(LOST)
 
 

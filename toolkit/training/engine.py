@@ -79,9 +79,11 @@ def train_step(
         del loss  # with its graph goes what the pool held
         if len(losses) == len(batches):
             norm = _plain_norm(engine, stage)
-            if norm is not None and not norm.isfinite():
-                engine.zero_grad()  # DeepSpeed's other optimizers leave such a step out themselves
-        engine.step()
+        if norm is None or norm.isfinite():
+            engine.step()
+        else:  # DeepSpeed's other optimizers leave such a step out themselves
+            engine.zero_grad()
+            engine.micro_steps += 1
     applied = engine.was_step_applied() and (norm is None or bool(norm.isfinite()))
     engine.module.after_step(applied)
     values = reduce_losses(losses, tokens, waited, device)
