@@ -1,4 +1,4 @@
-"""2,000 steps: neither memory nor open files grow. Printed with -s, or by `pytest -rP tests/faults/test_long_run.py`."""
+"""2,000 steps: neither memory nor open files grow; printed by `pytest -rP tests/faults/test_long_run.py`."""
 
 import gc
 import json
