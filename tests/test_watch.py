@@ -42,8 +42,11 @@ def test_the_rank_that_is_furthest_behind_is_named() -> None:
         "rank 1 (a): no progress for 1 minutes, at step 9, waiting for its rows (stream.py:1 __next__)"
     )
     assert verdict(ranks, HOSTS, 59.5) == ""
+    seen_later = [ranks[0], ranks[1]._replace(moved_at=1.0), ranks[2]]
+    assert verdict(seen_later, HOSTS, late) == said
     unlimited = [rank._replace(status=rank.status._replace(limit=0)) for rank in ranks]  # saving, evaluating
     assert verdict(unlimited, HOSTS, late) == ""
+    assert verdict([ranks[0], unlimited[1], ranks[2]], HOSTS, late) == ""  # they wait for one that may take its time
     computing = [alive(Status(step=9, phase=COMPUTING, slices=n, limit=60), late) for n in (40, 40, 38)]
     assert verdict(computing, HOSTS, late).startswith("rank 2 (b): no progress")
     assert verdict([computing[0]] * 3, HOSTS, late).startswith("rank 0 (a), rank 1 (a), rank 2 (b): no progress")

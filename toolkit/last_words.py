@@ -22,6 +22,7 @@ STOPPED = 4
 """Exit code after SIGTERM or SIGUSR1: what can be saved is saved, and the same command goes on."""
 OTHER_KEY = "last words of another rank"
 _KEY, _PAUSE = "last words of rank 0", 0.2
+_told = threading.Event()  # this process has said why it ends
 _asked: list[int] = []  # the signals that wait for the end of a step
 _in_steps = threading.Event()
 
@@ -82,6 +83,7 @@ def end(code: int) -> NoReturn:
 
 
 def tell(text: str) -> None:
+    _told.set()
     sys.stderr.write(text + "\n")  # at one go: other processes write to the same terminal
     sys.stderr.flush()
 
@@ -141,12 +143,13 @@ def end_at_signals() -> None:
 
 @contextmanager
 def steps() -> Iterator[Callable[[], bool]]:
-    """The steps of a stage: until it ends, SIGTERM and SIGUSR1 only make the function that it gives true."""
+    """The steps of a stage: until it ends, SIGTERM and SIGUSR1 only make the function that it gives true.
+
+    Also after an error, which is to be told first: the launcher sends SIGTERM as soon as another rank has ended.
+    """
     _in_steps.set()
-    try:
-        yield lambda: bool(_asked)
-    finally:
-        _in_steps.clear()
+    yield lambda: bool(_asked)
+    _in_steps.clear()
     if _asked:  # after the last step, which is saved
         _end_at(_asked[0])
 
@@ -160,7 +163,7 @@ def _obey(reading: int) -> None:
 
 
 def _end_at(number: int) -> NoReturn:
-    if is_first_rank():
+    if is_first_rank() and not _told.is_set():
         name = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
         tell(f"\n{name}; the same command goes on from the last checkpoint, if there is one")
     os._exit(128 + number if number == signal.SIGINT else STOPPED)

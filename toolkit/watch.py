@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -74,11 +75,12 @@ def verdict(ranks: list[Seen], hosts: list[str], now: float) -> str:
             f"{_names(lost, hosts)}: not heard of for {patience:.0f} s: killed, stopped, or its machine is down or cut"
         )
         return f"{said} off; last seen {_place(ranks[lost[0]].status)}; {_ADVICE}"
-    stuck = [r for r, seen in enumerate(ranks) if seen.status.limit and now - seen.moved_at > seen.status.limit]
-    if not stuck:
+    if not any(seen.status.limit and now - seen.moved_at > seen.status.limit for seen in ranks):
         return ""
-    least = min(ranks[r].status.progress for r in stuck)
-    behind = [r for r in stuck if ranks[r].status.progress == least]
+    least = min(seen.status.progress for seen in ranks)  # the others wait for it, and may have been seen to move before
+    behind = [r for r, seen in enumerate(ranks) if seen.status.progress == least]
+    if not all(ranks[r].status.limit for r in behind):
+        return ""
     status = ranks[behind[0]].status
     said = f"{_names(behind, hosts)}: no progress for {status.limit / 60:g} minutes, {_place(status)}"
     return f"{said}; raise guard.stall_minutes if it needs longer; {_ADVICE}"
@@ -143,6 +145,8 @@ class Watch:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             try:
+                if rank() != 0 and self._store is not None:  # other operations would wait for ever for a frozen rank 0
+                    self._store.wait(["watch/0"], timedelta(seconds=DEAD_SECONDS))
                 self._say()
                 if rank() == 0:
                     self._judge()
