@@ -148,6 +148,8 @@ def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
         (BM25, {"--ranks": "0 5"}, "--ranks: input should be greater than 0"),
         (BM25, {"--ranks": "4 5"}, "--ranks: 4 to 5 hold fewer than 3 negatives; widen them"),
         (BM25, {"--max-share": "1.5"}, "--max-share: input should be less than or equal to 1"),
+        (BM25, {"--margin": "-1"}, "--margin: input should be greater than or equal to 0"),
+        (BM25, {"--margin": "99"}, "no row got a negative ("),
         (BM25, {"--split": "train"}, f"data.sources: {folder} has no qrels/train.tsv; set split to dev or test"),
         (BM25, {"--pairs": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),
         (BM25, {"--corpus": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", required=True, type=int, nargs=2, metavar=("FROM", "TO"), help="among non-positives")
     parser.add_argument("--negatives", required=True, type=int, metavar="N", help="of a row, its own included")
     parser.add_argument("--max-share", type=float, metavar="S", help="highest score, as a share of the positive's")
+    parser.add_argument("--margin", type=float, metavar="M", help="lowest difference to the positive's score")
     parser.add_argument("--max-score", type=float, metavar="S", help="highest score")
     parser.add_argument("--seed", required=True, type=int, help="draws the negatives from the ranks")
     parser.add_argument("--text", choices=("prose", "code"), help="what bm25 reads")
