@@ -60,7 +60,11 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
             raise RecipeError(f"--prompt {prompt}: write TASK=TEXT")
         prompts[task] = text
     return settings_from_flags(
-        arguments, prompts=prompts, identical_ids=arguments.identical_ids, bm25_text=arguments.bm25_text
+        arguments,
+        prompts=prompts,
+        identical_ids=arguments.identical_ids,
+        bm25_text=arguments.bm25_text,
+        vectors_dtype=arguments.vectors_dtype,
     )
 
 
@@ -82,8 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
         changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
         folder = output or _default_output(what, arguments.suite)
         rows = ({} if arguments.no_bm25 else {"BM25": folder / "bm25"}) | {"retriever": folder}
-        vectors, dtype = arguments.vectors, arguments.vectors_dtype
-        evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=vectors, dtype=dtype)
+        evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=arguments.vectors)
         if not arguments.no_bm25:
             evaluate_bm25(suites, rows["BM25"], changes, arguments.bm25_cache)
     if rank() == 0:

@@ -572,6 +572,9 @@ class EvalSettings(Section):
         description="How BM25 reads: words stemmed, stop words left out; or split at underscores and case. null: code "
         "for the embedded corpus, else prose.",
     )
+    vectors_dtype: Literal["fp32", "fp16"] = Field(
+        "fp32", description="Number format of the documents' vectors on disk; fp16 takes half of it."
+    )
 
 
 class Eval(EvalSettings):

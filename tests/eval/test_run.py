@@ -18,7 +18,7 @@ from eval.evaluate import evaluate, evaluate_bm25
 from eval.run import main
 from eval.suites import load_suite
 from toolkit import bm25
-from toolkit.recipe import RecipeError
+from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retrievers import Loaded
 
 
@@ -68,7 +68,7 @@ def test_vectors_are_kept_where_asked(dtype, folder: Path, tmp_path: Path):
     found = []
     for name, vectors in (("a", kept), ("b", kept), ("c", None)):
         rows.clear()
-        settings = {"vectors": vectors, "dtype": dtype}
+        settings = {"vectors": vectors, "changes": EvalSettings(vectors_dtype=dtype)}
         found.append(evaluate(retriever, [str(folder)], tmp_path / name, label="", step=None, **settings))
         documents = 0 if name == "b" else len(set(task.collection.documents.values()))
         assert sum(rows) == documents + 6
