@@ -142,8 +142,16 @@ def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
     cases = [
         (["bm25"], {}, "--text says what bm25 reads, prose or code; give it with bm25 and with nothing else"),
         ([str(tmp_path), "--text", "code"], {}, "--text says what bm25 reads"),
-        ([*BM25, "--pooling", "eos"], {}, "bm25 has no adapter, prefixes, length, pooling or normalisation; leave"),
-        ([*BM25, "--adapter", "x"], {}, "bm25 has no adapter, prefixes, length, pooling or normalisation; leave"),
+        (
+            [*BM25, "--pooling", "eos"],
+            {},
+            "bm25 has no adapter, prefixes, length, pooling, normalisation or vectors; drop",
+        ),
+        (
+            [*BM25, "--adapter", "x"],
+            {},
+            "bm25 has no adapter, prefixes, length, pooling, normalisation or vectors; drop",
+        ),
         (["x", "--pooling", "max"], {}, "--pooling: Input should be 'eos', 'mean' or 'cls'"),
         (BM25, {"--ranks": "0 5"}, "--ranks: input should be greater than 0"),
         (BM25, {"--ranks": "4 5"}, "--ranks: 4 to 5 hold fewer than 3 negatives; widen them"),

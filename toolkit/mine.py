@@ -24,7 +24,7 @@ from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_negatives import about_bm25, passages_beside
 from toolkit.recipe import EvalSettings, FolderSource, MineSettings, RecipeError
 from toolkit.recipe_checks import ranks_problem
-from toolkit.retriever_settings import add_model_flags, settings_from_flags, with_settings
+from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
 from toolkit.retrievers import load_any
 
 
@@ -113,8 +113,8 @@ def _settings(arguments: argparse.Namespace) -> MineSettings:
 
 def _changes(arguments: argparse.Namespace) -> EvalSettings:
     changes = settings_from_flags(arguments)
-    if arguments.what == "bm25" and (arguments.adapter is not None or changes.model_dump(exclude_defaults=True)):
-        raise RecipeError("bm25 has no adapter, prefixes, length, pooling or normalisation; leave their flags out")
+    if arguments.what == "bm25":
+        check_bm25_flags(arguments.adapter, changes)
     return changes
 
 

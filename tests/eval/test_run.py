@@ -1,6 +1,7 @@
 """Evaluation end to end: files, shared documents, candidates, ranks, and the command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -262,3 +263,16 @@ def test_command_errors_are_one_line(what: str, folder: Path, tmp_path: Path):
     assert done.stderr.startswith("error: ")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(
+    folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    output = tmp_path / "kept" / "out"
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and allowed(path, mode))  # also for root
+    assert main(["nothing", "--suite", str(folder), "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"error: --output {output}: {tmp_path} cannot be written; name another folder\n"
+    (tmp_path / "kept").mkdir()
+    assert main(["nothing", "--suite", str(folder), "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing: no such folder, not bm25")
