@@ -90,9 +90,13 @@ def _single(name: str) -> tuple[Group, Members]:
 
 def check_names(names: list[str], more: Iterable[str]) -> None:
     """Raise RecipeError for the first name, of a prompt, that is no task and no type of task; `more` are known, too."""
-    every = {"exclude_superseded": False, "exclude_private": False, "exclude_beta": False}
-    every |= {"exclude_aggregate": True}  # their parts are scored
-    tasks = [task.metadata for task in mteb.get_tasks(**every)]
+    every = mteb.get_tasks(
+        exclude_superseded=False,
+        exclude_private=False,
+        exclude_beta=False,
+        exclude_aggregate=True,  # their parts are scored
+    )
+    tasks = [task.metadata for task in every]
     known = {name for task in tasks for name in (task.name, task.type)} | set(more)
     for name in names:
         if name not in known:
