@@ -163,6 +163,7 @@ def _first_faiss(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.n
 def _first_faiss_gpu(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Products of fp32 vectors are fp32's: faiss 1.15 gives cuBLAS a math mode without TF32, and cuVS is not asked."""
     faiss, device = _faiss(), torch.cuda.current_device()
+    torch.cuda.empty_cache()  # what training has left in torch's pool is not there for faiss
     resources, metric = faiss.StandardGpuResources(), faiss.METRIC_INNER_PRODUCT
     return _in_a_heap(
         queries,
