@@ -7,7 +7,7 @@ functions, rank 0 writes.
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +39,6 @@ def evaluate(
     step: int | None,
     changes: EvalSettings | None = None,
     vectors: Path | None = None,
-    dtype: Literal["fp32", "fp16"] = "fp32",
     may_collapse: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Score a retriever by exact search, and tasks of other kinds by mteb; all ranks get the result, rank 0 writes it.
@@ -52,10 +51,10 @@ def evaluate(
         suites: names as `load_suite` reads them.
         folder: gets metrics.json, per_query.json and one <collection>.json in mteb's format for each collection.
         label, step: what is scored, for the record.
-        changes: of the retriever's settings, and how ids and prompts are treated; None: none.
+        changes: of the retriever's settings, how ids and prompts are treated, number format of the documents' vectors;
+            None: none.
         vectors: a folder that all ranks see, which keeps the vectors of documents for other evaluations of the same
             weights; None: folder/vectors, deleted when the scores are written.
-        dtype: number format of these vectors.
         may_collapse: see `encode`.
 
     Returns:
@@ -67,7 +66,7 @@ def evaluate(
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
     retriever = with_settings(retriever, changes)
     checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
-    store = Store(vectors or folder / "vectors", checkpoint, dtype)
+    store = Store(vectors or folder / "vectors", checkpoint, changes.vectors_dtype)
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
         prompted = for_task(retriever, changes, task.task_name, task.task_type)
@@ -82,7 +81,7 @@ def evaluate(
         "kind": "dense",
         "dtype": str(next(retriever.encoder.parameters()).dtype).removeprefix("torch."),
         "checkpoint": checkpoint,
-        "vectors": dtype,
+        "vectors": changes.vectors_dtype,
         "settings": retriever.settings.model_dump(),
         "prompts": changes.prompts,
     }

@@ -5,7 +5,7 @@ Called by eval.suites and eval.folders; importing it imports mteb, which takes s
 
 import difflib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,23 @@ def _single(name: str) -> tuple[Group, Members]:
     if isinstance(task, AbsTaskAggregate):
         return Group(name, ()), [(part.metadata.name, [part]) for part in _parts(task)]
     return Group("", ()), [(name, [task])]
+
+
+def check_names(names: list[str], more: Iterable[str]) -> None:
+    """Raise RecipeError for the first name, of a prompt, that is no task and no type of task; `more` are known, too."""
+    every = mteb.get_tasks(
+        exclude_superseded=False,
+        exclude_private=False,
+        exclude_beta=False,
+        exclude_aggregate=True,  # their parts are scored
+    )
+    tasks = [task.metadata for task in every]
+    known = {name for task in tasks for name in (task.name, task.type)} | set(more)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "name a task of mteb, a type of task or a folder"
+            raise RecipeError(f"prompts: {name}: no task or type of task of this name; {hint}")
 
 
 def _parts(task: Any) -> list[Any]:

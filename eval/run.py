@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from rich.table import Table
 
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MAIN, file_name
-from eval.suites import expand
+from eval.suites import check_prompts, expand
 from toolkit.collectives import join_ranks, on_rank_zero, rank
 from toolkit.command import exit_code
 from toolkit.last_words import end
 from toolkit.recipe import EvalSettings, RecipeError
-from toolkit.retriever_settings import add_model_flags, settings_from_flags
+from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags
 
 SUITE = (
     "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, quick (of every "
@@ -60,7 +61,11 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
             raise RecipeError(f"--prompt {prompt}: write TASK=TEXT")
         prompts[task] = text
     return settings_from_flags(
-        arguments, prompts=prompts, identical_ids=arguments.identical_ids, bm25_text=arguments.bm25_text
+        arguments,
+        prompts=prompts,
+        identical_ids=arguments.identical_ids,
+        bm25_text=arguments.bm25_text,
+        vectors_dtype=arguments.vectors_dtype,
     )
 
 
@@ -68,9 +73,11 @@ def _run(arguments: argparse.Namespace) -> None:
     what, output, changes = arguments.what, arguments.output, _settings(arguments)
     if what == "bm25" and arguments.no_bm25:
         raise RecipeError("--no-bm25: bm25 is what is scored; leave one of the two out")
+    if what == "bm25":
+        check_bm25_flags(arguments.adapter or arguments.vectors, changes)
     device = join_ranks()
     suites = on_rank_zero(lambda: expand(arguments.suite))
-    on_rank_zero(lambda: _check_results(arguments.compare))
+    on_rank_zero(lambda: _check_ahead(arguments, changes, suites))
     rows: dict[str, Path] = {}
     if what == "bm25":
         folder = rows["BM25"] = output or Path("eval_bm25")
@@ -82,8 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
         changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
         folder = output or _default_output(what, arguments.suite)
         rows = ({} if arguments.no_bm25 else {"BM25": folder / "bm25"}) | {"retriever": folder}
-        vectors, dtype = arguments.vectors, arguments.vectors_dtype
-        evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=vectors, dtype=dtype)
+        evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=arguments.vectors)
         if not arguments.no_bm25:
             evaluate_bm25(suites, rows["BM25"], changes, arguments.bm25_cache)
     if rank() == 0:
@@ -91,12 +97,24 @@ def _run(arguments: argparse.Namespace) -> None:
         _print_comparisons(folder, rows, arguments.compare)
 
 
-def _check_results(folders: list[Path]) -> None:
-    """Raise RecipeError if a folder to compare with holds no result."""
+def _check_ahead(arguments: argparse.Namespace, changes: EvalSettings, suites: list[str]) -> None:
+    """Raise RecipeError, before anything is scored, for what would be seen after it, or never."""
     from eval.compare import read_system  # imports scipy, which takes a second
 
-    for folder in folders:
+    check_prompts(changes.prompts, suites)
+    for folder in arguments.compare:
         read_system(folder, str(folder))
+    for flag in ("output", "vectors", "bm25_cache"):
+        if (folder := getattr(arguments, flag)) is not None:
+            _check_place("--" + flag.replace("_", "-"), folder.absolute())
+
+
+def _check_place(flag: str, folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"{flag} {folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise RecipeError(f"{flag} {folder}: {there} cannot be written; name another folder")
 
 
 def _print_comparisons(folder: Path, rows: dict[str, Path], others: list[Path]) -> None:

@@ -81,6 +81,18 @@ def expand(suites: list[str], named: Iterable[str] | None = None) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
+def check_prompts(prompts: Iterable[str], suites: list[str]) -> None:
+    """Raise RecipeError for a prompt that is for no task: no suite's folder, no task of mteb and no type of them."""
+    places = (suite.removeprefix("quick:") for suite in suites if _is_local(suite.removeprefix("quick:")))
+    folders = (Path(p if Path(p).expanduser().is_dir() else p.rpartition(":")[0]).expanduser() for p in places)
+    names = {name for folder in folders for name in (folder.resolve().name, f"quick_{folder.resolve().name}")}
+    unknown = [prompt for prompt in prompts if prompt not in names | {"stdlib", "Retrieval"}]
+    if unknown:
+        from eval.mteb_tasks import check_names  # imports mteb, which takes seconds
+
+        check_names(unknown, names)
+
+
 def load_suite(name: str) -> Iterable[Task | MtebTask]:
     """The collections of a suite, read one at a time where they come from mteb; only queries with judgements are kept.
 

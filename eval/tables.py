@@ -12,6 +12,7 @@ STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
     "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}"
     "th,td{border:1px solid #ccc;padding:.25rem .6rem}th{background:#f2f2f2}td{font-variant-numeric:tabular-nums}"
+    "td[style*=right]{white-space:nowrap}"
     "img{max-width:100%}pre,code{background:#f5f5f5;font-size:.85em}pre{padding:.8rem;white-space:pre-wrap}"
     "blockquote{border-left:4px solid #D55E00;margin:0;padding:.2rem 1rem}summary{cursor:pointer}"
 )
@@ -39,7 +40,8 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], text_co
 def html_page(title: str, markdown: str) -> str:
     """The same text for a browser, links relative as they are."""
     body = MarkdownIt("commonmark").enable("table").render(markdown)
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
+    window = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">\n{window}\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 

@@ -67,11 +67,16 @@ def _is_on(record: dict[str, Any], suites: list[str]) -> bool:
 
 
 def with_suites(recipe: Recipe) -> Recipe:
-    """A recipe with `quick` and `stage` written out: they mean every folder that one of its stages names, too."""
-    from eval.suites import expand
+    """A recipe with `quick` and `stage` written out: they mean every folder that one of its stages names, too.
+
+    Raises:
+        RecipeError: for `quick` where no folder is named, and for a prompt that is for no task.
+    """
+    from eval.suites import check_prompts, expand
 
     named = [suite for stage in recipe.stages for suite in stage.eval.suites]
     suites = on_rank_zero(lambda: [expand(stage.eval.suites, named) for stage in recipe.stages])
+    on_rank_zero(lambda: [check_prompts(s.eval.prompts, own) for s, own in zip(recipe.stages, suites, strict=True)])
     stages = [
         stage.model_copy(update={"eval": stage.eval.model_copy(update={"suites": own})})
         for stage, own in zip(recipe.stages, suites, strict=True)

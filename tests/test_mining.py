@@ -58,6 +58,7 @@ def by_hand(rows: MiningRows, scores: np.ndarray, wanted: MineSettings, seed: in
         positive = min(scores[row, rows.positives[row]])
         limit = min(
             np.inf if wanted.max_share is None else wanted.max_share * positive,
+            np.inf if wanted.margin is None else positive - wanted.margin,
             np.inf if wanted.max_score is None else wanted.max_score,
         )
         ranked = [i for i in np.argsort(-scores[row], kind="stable").tolist() if i not in rows.excluded[row].tolist()]
@@ -85,8 +86,15 @@ def searches(rows: MiningRows) -> list[tuple[Search, np.ndarray]]:
 
 @pytest.mark.parametrize(
     "wanted",
-    [settings(), settings(4, 9, 5), settings(1, 30, 3, max_share=0.9), settings(1, 30, 3, max_score=0.5)],
-    ids=["first", "later", "share", "score"],
+    [
+        settings(),
+        settings(4, 9, 5),
+        settings(1, 30, 3, max_share=0.9),
+        settings(1, 30, 3, max_score=0.5),
+        settings(1, 30, 3, margin=0.1),
+        settings(1, 30, 3, margin=0.1, max_share=0.95),
+    ],
+    ids=["first", "later", "share", "score", "margin", "margin and share"],
 )
 def test_negatives_are_those_of_a_search_by_hand(wanted: MineSettings):
     rows = rows_of()
@@ -96,6 +104,8 @@ def test_negatives_are_those_of_a_search_by_hand(wanted: MineSettings):
         mined = mine(rows, search, wanted, seed=5, source=2)
         expected = by_hand(rows, scores, wanted, 5, 2)
         assert lists(mined) == expected and sum(map(len, expected)) > 10
+        if wanted.margin is not None:  # control: without it other passages are mined
+            assert lists(mine(rows, search, wanted.model_copy(update={"margin": None}), 5, 2)) != expected
         for row, own in enumerate(expected):
             assert not set(own) & set(rows.excluded[row].tolist()) and len(own) <= wanted.negatives
             assert mined.scores[row, 0] == pytest.approx(min(scores[row, rows.positives[row]]), abs=1e-5)
@@ -173,7 +183,7 @@ def test_what_is_written_is_read_as_pairs(tmp_path: Path):
 def test_no_negative_at_all_is_an_error(tmp_path: Path):
     rows = rows_of()
     mined = mine(rows, searches(rows)[0][0], settings(1, 30, 4, max_score=-2.0), 0, 0)
-    with pytest.raises(ValueError, match=r"no row got a negative \(900 passages scored too high\); widen ranks, or"):
+    with pytest.raises(ValueError, match=r"no row got a negative \(900 passages scored too high\); widen ranks, raise"):
         write_mined(rows, mined, settings(), tmp_path, {})
     full = rows._replace(own=[["a", "b", "c"] for _ in rows.own])  # nothing is lacking
     assert "mined: 0 hard negatives for 30 rows" in write_mined(full, mined, settings(), tmp_path, {})

@@ -133,7 +133,7 @@ def test_a_prefix_of_the_source_is_the_retriever_s(folder: Path, exports: list[P
 
 def test_what_cannot_be_mined_is_one_line(folder: Path, exports: list[Path], tmp_path: Path):
     data, run = data_of(beir(folder), mine=BM25 | {"max_score": -1.0}), tmp_path / "run"
-    with pytest.raises(RecipeError, match=r"^data\.mine: source 0: no row got a negative \(.*; widen ranks, or raise"):
+    with pytest.raises(RecipeError, match=r"^data\.mine: source 0: no row got a negative \(.*; widen ranks, raise"):
         with_negatives(data, None, run, 0, "cpu")
     assert not list((run / "prepared").glob("mined_*"))
     with pytest.raises(RecipeError, match=r"none: is no export \(no export.json\); give"):

@@ -31,10 +31,13 @@ NOT_TAKEN = "stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; s
             ["stages.1.data.mine.ranks: 4 to 5 hold fewer than 3 negatives; widen them"],
         ),
         (
-            second("contrastive", data__mine=MINE | {"max_share": 1.5, "negatives": 0}, data__negatives=1),
+            second(
+                "contrastive", data__mine=MINE | {"max_share": 1.5, "margin": -0.1, "negatives": 0}, data__negatives=1
+            ),
             [
                 "stages.1.data.mine.negatives: input should be greater than 0; found 0",
                 "stages.1.data.mine.max_share: input should be less than or equal to 1; found 1.5",
+                "stages.1.data.mine.margin: input should be greater than or equal to 0; found -0.1",
             ],
         ),
         (
@@ -56,7 +59,9 @@ def test_what_does_not_fit_is_named(tmp_path, changes, lines):
     assert problems(tmp_path, changed(*changes)) == lines
 
 
-@pytest.mark.parametrize(("mine", "kind"), [(MINE | {"ranks": [3, 5]}, RetrieverMine), (BM25, Bm25Mine)])
+@pytest.mark.parametrize(
+    ("mine", "kind"), [(MINE | {"ranks": [3, 5], "margin": 0.05}, RetrieverMine), (BM25, Bm25Mine)]
+)
 def test_what_fits_is_let_through(tmp_path, mine, kind):
     recipe = load_recipe(write(tmp_path, changed(*second("contrastive", data__mine=mine, data__negatives=3))))
     assert isinstance(recipe.stages[1].data.mine, kind)

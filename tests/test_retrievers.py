@@ -195,7 +195,7 @@ def test_a_model_alone_says_what_it_needs(adapter: tuple[Made, Path]):
     [
         ("/no/such/folder", "/no/such/folder: no such folder; name"),
         ("a/b/c", "a/b/c: no such folder; name"),
-        ("owner/name", "owner/name: no such folder, and as a hub id: the hub cannot be reached"),
+        ("owner/name", "owner/name: no such folder, not bm25, and as a hub id: the hub cannot be reached"),
     ],
 )
 def test_what_is_not_there(what: str, message: str):
@@ -227,7 +227,7 @@ def test_rank_zero_decides_what_a_name_is(adapter: tuple[Made, Path], tmp_path: 
     assert one == other
     first, second, parts, everywhere = one
     assert first.startswith("first is not on ") and first.endswith("; put it on a disk that all nodes share")
-    assert second.startswith("second: no such folder, and as a hub id: the hub cannot be reached")
+    assert second.startswith("second: no such folder, not bm25, and as a hub id: the hub cannot be reached")
     assert "adapter" in parts and everywhere == "loaded"
 
 
@@ -304,14 +304,22 @@ def test_open_questions_end_to_end(tmp_path: Path):
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys):
-    suite = str(write_beir(tmp_path / "small"))
+    suite, file = str(write_beir(tmp_path / "small")), str(tmp_path / "small" / "corpus.jsonl")
     for extra, message in (
         (["--pooling", "max"], "error: --pooling: Input should be 'eos', 'mean' or 'cls'"),
         (["--prompt", "Clustering"], "error: --prompt Clustering: write TASK=TEXT"),
         (["--identical-ids", "no"], "error: --identical-ids: Input should be 'task', 'keep' or 'drop'"),
         (["--suite", "quick:nothing"], "error: suite quick:nothing: no such folder"),
+        (["--adapter", "x"], "error: bm25 has no adapter, prefixes, length, pooling, normalisation or vectors; drop"),
+        (["--vectors", "x"], "error: bm25 has no adapter, prefixes, length, pooling, normalisation or vectors; drop"),
+        (["--prompt", "STS=x"], "error: bm25 has no adapter, prefixes, length, pooling, normalisation or vectors;"),
+        (["--bm25-cache", file], f"error: --bm25-cache {file}: {file} is a file; name a folder"),
+        (["--output", f"{file}/x"], f"error: --output {file}/x: {file} is a file; name a folder"),
+        (["--output", "/proc/none"], "error: /proc/none: No such file or directory; mend it, or name another place"),
     ):
         assert main(["bm25", "--suite", suite, "--output", str(tmp_path / "out"), *extra]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith(message)
     assert not (tmp_path / "out").exists()
+    mine = ["--bm25-cache", str(tmp_path / "cache"), "--bm25-text", "code", "--identical-ids", "keep"]  # these BM25 has
+    assert main(["bm25", "--suite", suite, "--output", str(tmp_path / "out"), *mine]) == 0

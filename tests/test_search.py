@@ -2,8 +2,11 @@
 
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -14,17 +17,49 @@ from toolkit.search import best, search_among, top_k
 from toolkit.vectors import Shard, Vectors, open_shard, save_shard
 
 
-@pytest.fixture(params=["faiss", "torch"], autouse=True)
+class Gpu:
+    """Stands in for faiss's GPU build: the same call, answered by the CPU's search of what `seen` makes of vectors."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.seen: Callable[[np.ndarray], np.ndarray] = lambda vectors: vectors
+
+    def knn(self, resources: Any, queries: np.ndarray, block: np.ndarray, k: int, **options: Any) -> tuple:
+        assert isinstance(resources, Resources) and k <= min(2048, len(block))
+        assert queries.dtype == block.dtype == np.float32 and queries.flags.c_contiguous and block.flags.c_contiguous
+        assert options == {"metric": faiss.METRIC_INNER_PRODUCT, "device": 3, "use_cuvs": False}
+        self.calls += 1
+        return faiss.knn(self.seen(queries), self.seen(block), k, metric=options["metric"])
+
+
+class Resources:
+    pass
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    """The machine has CUDA and faiss's GPU build, so far as the choice of a library sees; tensors stay on the CPU."""
+    stand_in = Gpu()
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", stand_in.knn)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    return stand_in
+
+
+@pytest.fixture(params=["faiss", "torch", "faiss on a GPU"], autouse=True)
 def library(request, monkeypatch):
-    """Each test runs on both ways to search, in small blocks; torch's, meant for CUDA, runs here on the CPU."""
+    """Each test runs on all ways to search, in small blocks; those meant for CUDA run here on the CPU."""
     monkeypatch.setattr(search, "BLOCK_BYTES", 37 * 32 * 4)
     monkeypatch.setattr(search, "PAIR_BYTES", 100 * 32 * 8)
     monkeypatch.setattr(search, "QUERY_BLOCK", 8)
     monkeypatch.setattr(search, "QUERIES", 150)
-    if request.param == "torch":
-        in_blocks = search._first_torch
-        monkeypatch.setattr(search, "_first_faiss", lambda q, s, k: in_blocks(q, s, k, device="cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if request.param != "faiss":
+        choose = search._first_pass
+        monkeypatch.setattr(search, "_first_pass", lambda k, cuda: choose(k, cuda=True))
+    if request.param == "faiss on a GPU":
+        request.getfixturevalue("gpu")
 
 
 @pytest.fixture
@@ -145,6 +180,44 @@ def test_candidates_are_searched_alone():
     assert search_among(queries, vectors, allowed, 1000)[1].shape == (3, 300)
 
 
+@pytest.mark.parametrize("library", ["faiss on a GPU"], indirect=True)
+def test_the_gpu_build_is_asked_and_must_be_exact_to_fp32(gpu: Gpu, monkeypatch):
+    """Control: by products of TF32, which keep as many bits as fp16, it overlooks the best, and no bound tells."""
+    monkeypatch.setattr(search, "MARGIN", 4)
+    documents = np.ones((14, 32), np.float32)
+    for row in range(13):
+        documents[row, :row] += 2**-10  # the last place of fp16
+    documents[13] += 0.42 * 2**-10
+    queries = np.ones((1, 32), np.float32)
+    assert top_k(queries, documents, 1)[1] == plain(queries, documents, 1)[1] == 13
+    gpu.seen = lambda vectors: vectors.astype(np.float16).astype(np.float32)
+    assert top_k(queries, documents, 1)[1] == 12
+    assert gpu.calls == 2
+
+
+@pytest.mark.parametrize("library", ["torch", "faiss on a GPU"], indirect=True)
+@pytest.mark.parametrize(("k", "asked"), [(1920, True), (1921, False)])
+def test_the_gpu_build_is_asked_for_at_most_2048_rows(k: int, asked: bool, request, gpu: Gpu, monkeypatch):
+    """With the CPU's build, which counts no GPU, or none, torch searches alone; so it does for 1921 + 128 rows."""
+    if "torch" in request.node.name:
+        asked = False
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    queries, documents = random(3, 0), random(2500, 1)
+    monkeypatch.setattr(search, "BLOCK_BYTES", documents.nbytes)
+    np.testing.assert_array_equal(top_k(queries, documents, k)[1], plain(queries, documents, k)[1])
+    assert gpu.calls == asked
+
+
+@pytest.mark.parametrize("library", ["torch"], indirect=True)
+def test_cuda_needs_no_faiss(gpu: Gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    queries, documents = random(3, 0), random(300, 1)
+    np.testing.assert_array_equal(top_k(queries, documents, 9)[1], plain(queries, documents, 9)[1])
+    monkeypatch.setitem(sys.modules, "faiss", faiss)  # control: the same search with it asks it
+    top_k(queries, documents, 9)
+    assert gpu.calls == -(-300 // 37)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("library", ["faiss"], indirect=True)
 def test_ranks_find_what_one_process_finds(world_size: int, tmp_path: Path):
@@ -198,4 +271,13 @@ def test_wrong_shapes(queries: tuple[int, int], documents: tuple[int, int], k: i
 def test_missing_faiss_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r'pip install "toolkit\[cpu\]", or "toolkit\[gpu\]"'):
+        top_k(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), 1)
+
+
+@pytest.mark.parametrize("library", ["faiss", "faiss on a GPU"], indirect=True)
+def test_a_gpu_build_without_its_libraries_says_so(tmp_path: Path, monkeypatch):
+    (tmp_path / "faiss.py").write_text("raise RuntimeError('nvidia-cublas-cu12 is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss")
+    with pytest.raises(ImportError, match=r"nvidia-cublas-cu12 is missing.*pip install"):
         top_k(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), 1)

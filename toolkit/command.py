@@ -17,10 +17,17 @@ def exit_code(work: Callable[[], None]) -> int:
         time.sleep(SECONDS_TO_SPEAK)
         return 2
     except (RecipeError, ValueError, ImportError, OSError) as error:
-        say(f"error: {error}")
+        say(f"error: {_line(error)}")
         return 2
     except Exception:
         if is_told_by_another():
             os._exit(2)  # as that rank did: the process group is broken
         raise
     return 0
+
+
+def _line(error: Exception) -> str:
+    """What went wrong; the path first where the file system refused something."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; mend it, or name another place"
+    return str(error)

@@ -24,7 +24,7 @@ from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_negatives import about_bm25, passages_beside
 from toolkit.recipe import EvalSettings, FolderSource, MineSettings, RecipeError
 from toolkit.recipe_checks import ranks_problem
-from toolkit.retriever_settings import add_model_flags, settings_from_flags, with_settings
+from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
 from toolkit.retrievers import load_any
 
 
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", required=True, type=int, nargs=2, metavar=("FROM", "TO"), help="among non-positives")
     parser.add_argument("--negatives", required=True, type=int, metavar="N", help="of a row, its own included")
     parser.add_argument("--max-share", type=float, metavar="S", help="highest score, as a share of the positive's")
+    parser.add_argument("--margin", type=float, metavar="M", help="lowest difference to the positive's score")
     parser.add_argument("--max-score", type=float, metavar="S", help="highest score")
     parser.add_argument("--seed", required=True, type=int, help="draws the negatives from the ranks")
     parser.add_argument("--text", choices=("prose", "code"), help="what bm25 reads")
@@ -112,8 +113,8 @@ def _settings(arguments: argparse.Namespace) -> MineSettings:
 
 def _changes(arguments: argparse.Namespace) -> EvalSettings:
     changes = settings_from_flags(arguments)
-    if arguments.what == "bm25" and (arguments.adapter is not None or changes.model_dump(exclude_defaults=True)):
-        raise RecipeError("bm25 has no adapter, prefixes, length, pooling or normalisation; leave their flags out")
+    if arguments.what == "bm25":
+        check_bm25_flags(arguments.adapter, changes)
     return changes
 
 

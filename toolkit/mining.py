@@ -148,8 +148,8 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
     }
     if not counts["mined"] and counts["rows_with_fewer"]:
         raise ValueError(
-            f"no row got a negative ({counts['scored_too_high']:,} passages scored too high); widen ranks, or raise "
-            "max_share or max_score"
+            f"no row got a negative ({counts['scored_too_high']:,} passages scored too high); widen ranks, raise "
+            "max_share or max_score, or lower margin"
         )
     record = about | {
         "settings": settings.model_dump(mode="json"),

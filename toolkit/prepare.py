@@ -182,9 +182,9 @@ def _snapshot(hub: str) -> str:
     return path
 
 
-def hub_problem(hub: str, error: Exception) -> str:
+def hub_problem(hub: str, error: Exception, instead: str = 'write {"folder": "<path>"}') -> str:
     """What kept a model on the hub from being read, and the way out, in one line."""
-    local = 'or put the model in a folder and write {"folder": "<path>"}'
+    local = f"or put the model in a folder and {instead}"
     page = f"https://huggingface.co/{hub}"
     match error:
         case GatedRepoError():

@@ -420,6 +420,10 @@ class MineSettings(Section):
         description="Leave out passages that score above this share of the row's positives' lowest score "
         "(NV-Retriever, 2407.15831: 0.95); null: none.",
     )
+    margin: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Leave out passages that score less than this below the row's positives' lowest score; null: none.",
+    )
     max_score: float | None = Field(None, description="Leave out passages that score above this; null: none.")
 
 
@@ -585,6 +589,9 @@ class EvalSettings(Section):
         None,
         description="How BM25 reads: words stemmed, stop words left out; or split at underscores and case. null: code "
         "for the embedded corpus, else prose.",
+    )
+    vectors_dtype: Literal["fp32", "fp16"] = Field(
+        "fp32", description="Number format of the documents' vectors on disk; fp16 takes half of it."
     )
 
 

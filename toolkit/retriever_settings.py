@@ -45,6 +45,13 @@ def settings_from_flags(arguments: argparse.Namespace, **others: Any) -> EvalSet
         raise RecipeError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}") from None
 
 
+def check_bm25_flags(others: object, changes: EvalSettings) -> None:
+    """Raise RecipeError if bm25 is given settings of a retriever, or `others` (None: not given)."""
+    of_models = changes.model_dump(exclude_defaults=True, exclude={"identical_ids", "bm25_text"})
+    if others is not None or of_models:
+        raise RecipeError("bm25 has no adapter, prefixes, length, pooling, normalisation or vectors; drop their flags")
+
+
 def with_settings(retriever: Retriever, changes: EvalSettings) -> Retriever:
     """A retriever with other prefixes, length, pooling or normalisation; the weights are shared.
 

@@ -101,7 +101,8 @@ def _snapshot(hub: str) -> str:
     try:
         return snapshot_download(hub, allow_patterns=FILES, ignore_patterns=NOT_FILES)
     except (OSError, ValueError, HTTPError) as error:  # the hub's own errors are kinds of these
-        raise RecipeError(f"{hub}: no such folder, and as a hub id: {hub_problem(hub, error)}") from None
+        problem = hub_problem(hub, error, "name that")
+        raise RecipeError(f"{hub}: no such folder, not bm25, and as a hub id: {problem}") from None
 
 
 # --------------------------------------------------------------------------- a base model

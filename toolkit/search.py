@@ -1,9 +1,13 @@
 """Exact top-k by inner product over vectors in memory or on disk. Called by evaluation, preparation and mining.
 
-A first pass in fp32 keeps more than k rows a query: faiss on the CPU, blocks of torch on CUDA, which need nothing of
-faiss's GPU build. They are scored again in fp64, and the error bound of fp32 tells whether a row that was left out
+A first pass in fp32 keeps more than k rows a query: faiss on the CPU; on CUDA its GPU build where that is installed,
+else blocks of torch. They are scored again in fp64, and the error bound of fp32 tells whether a row that was left out
 could be among the k best; where it could, a second pass in fp64 decides. A rank searches its share of the shards.
 """
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +19,10 @@ MARGIN = 128  # rows beyond k that the first pass keeps
 BLOCK_BYTES = 2**27  # of vectors looked at together
 QUERY_BLOCK, QUERIES = 256, 8192  # that a block of vectors meets at a time; that one pass over the vectors serves
 PAIR_BYTES = 2**22  # of vectors scored again together: what fits into a cache
+GPU_ROWS = 2048  # most that faiss's GPU build finds for a query
+
+# The k best rows in fp32: scores [q, k], rows int64 [q, k] counted through the shards, and the largest norm.
+FirstPass = Callable[[np.ndarray, list[Shard], int], tuple[np.ndarray, np.ndarray, float]]
 
 
 def top_k(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +38,7 @@ def top_k(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarra
 
     Raises:
         ValueError: if the widths differ, there is no document or k < 1.
-        ImportError: on a machine without CUDA, if faiss is missing; says how to install it.
+        ImportError: if faiss is damaged or, on a machine without CUDA, missing; says how to install it.
     """
     shards = [Shard(np.arange(len(documents)), documents)]
     _check(queries, shards, k)
@@ -105,7 +113,7 @@ def _best_rows(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.nda
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     numbers = np.concatenate([shard.numbers for shard in shards])
     queries = np.ascontiguousarray(queries, np.float32)
-    rough, found, norm = (_first_torch if torch.cuda.is_available() else _first_faiss)(queries, shards, wanted)
+    rough, found, norm = _first_pass(wanted, torch.cuda.is_available())(queries, shards, wanted)
     scores = _exact_scores(queries, shards, found)
     found = numbers[found]
     order = np.lexsort((found, -scores), axis=1)[:, :k]
@@ -126,27 +134,64 @@ def _error(queries: np.ndarray, norm: float, dtype: type[np.floating]) -> np.nda
     return (queries.shape[1] + 8) * unit * np.linalg.norm(queries.astype(np.float64), axis=1) * norm * 1.001
 
 
-def _first_faiss(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The k best rows in fp32: scores [q, k], rows int64 [q, k] counted through the shards, the largest norm."""
+def _first_pass(k: int, cuda: bool) -> FirstPass:
+    """Who searches for k rows a query."""
+    if not cuda:
+        return _first_faiss
+    if k > GPU_ROWS or find_spec("faiss") is None:
+        return _first_torch
+    return _first_faiss_gpu if _faiss().get_num_gpus() > 0 else _first_torch  # the CPU's build counts none
+
+
+def _faiss() -> Any:
     try:
         import faiss
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a GPU build without NVIDIA's libraries
         raise ImportError(
             f'faiss cannot be imported ({error}); pip install "toolkit[cpu]", or "toolkit[gpu]" on a machine with CUDA'
         ) from error
-    heap, largest = faiss.ResultHeap(len(queries), k, keep_max=True), 0.0
+    return faiss
+
+
+def _first_faiss(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
+    faiss = _faiss()
+    return _in_a_heap(
+        queries, shards, k, lambda block, few: faiss.knn(queries, block, few, metric=faiss.METRIC_INNER_PRODUCT)
+    )
+
+
+def _first_faiss_gpu(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Products of fp32 vectors are fp32's: faiss 1.15 gives cuBLAS a math mode without TF32, and cuVS is not asked."""
+    faiss, device = _faiss(), torch.cuda.current_device()
+    torch.cuda.empty_cache()  # what training has left in torch's pool is not there for faiss
+    resources, metric = faiss.StandardGpuResources(), faiss.METRIC_INNER_PRODUCT
+    return _in_a_heap(
+        queries,
+        shards,
+        k,
+        lambda block, few: faiss.knn_gpu(resources, queries, block, few, metric=metric, device=device, use_cuvs=False),
+    )
+
+
+def _in_a_heap(
+    queries: np.ndarray,
+    shards: list[Shard],
+    k: int,
+    knn: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A first pass by a search of one block of vectors."""
+    heap, largest = _faiss().ResultHeap(len(queries), k, keep_max=True), 0.0
     for before, block in blocks(shards, _rows(BLOCK_BYTES, queries, np.float32), np.float32):
-        scores, rows = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, rows = knn(block, min(k, len(block)))
         heap.add_result(scores, rows + before)
         largest = max(largest, float(np.einsum("ij,ij->i", block, block).max()))
     heap.finalize()
     return heap.D, heap.I, largest**0.5
 
 
-def _first_torch(
-    queries: np.ndarray, shards: list[Shard], k: int, device: str = "cuda"
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """As `_first_faiss`. Blocks of vectors cross the bus once; the running k best stay on the device."""
+def _first_torch(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Blocks of vectors cross the bus once; the running k best stay on the device."""
+    device = _device()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the error bound is that of fp32
     best_scores = torch.zeros((len(queries), 0), device=device)
@@ -172,7 +217,7 @@ def _second(
     queries: np.ndarray, shards: list[Shard], numbers: np.ndarray, k: int, norm: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best rows in fp64, for queries whose scores lie closer together than fp32 can tell, or are equal."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     wide, off = torch.from_numpy(queries).double(), 4 * _error(queries, norm, np.float64)
     scores = [np.empty(0)] * len(queries)
     found = [np.empty(0, np.int64)] * len(queries)
@@ -204,6 +249,10 @@ def _exact_scores(queries: np.ndarray, shards: list[Shard], rows: np.ndarray) ->
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Inner products of rows in fp64; unlike in a matrix product, equal rows give equal bits wherever they stand."""
     return np.einsum("ij,ij->i", a, b)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _rows(size: int, queries: np.ndarray, dtype: type[np.floating]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+from beir import write_beir
 from distributed import run_on_ranks
 from mteb_local import PlainEncoder, others
 from retrievers import tiny_retriever
@@ -14,6 +15,7 @@ from retrievers import tiny_retriever
 from eval import evaluate as evaluation
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MtebResult
+from eval.suites import check_prompts
 from eval.tasks import MtebTask
 from toolkit.embed import Retriever, embed_texts
 from toolkit.recipe import EvalSettings, RecipeError
@@ -63,6 +65,21 @@ def test_prompts_by_type_of_task(expected: dict[str, float], suite: list[str], t
         assert next(iter(found[name].values())) == pytest.approx(wanted, abs=1e-6)
         assert abs(wanted - expected[name]) > 1e-4
     assert found["LocalPairs"]["max_ap"] == pytest.approx(expected["LocalPairs"], abs=1e-6)
+
+
+def test_a_prompt_for_no_task_is_refused(tmp_path: Path):
+    suites = [str(write_beir(tmp_path / "small")), f"quick:{tmp_path / 'small'}:dev", "SciFact"]
+    check_prompts(
+        ["small", "quick_small", "Retrieval", "Clustering", "STSBenchmark", "CQADupstackUnixRetrieval"], suites
+    )
+    for name, message in (
+        ("Clusterin", "prompts: Clusterin: no task or type of task of this name; did you mean Clustering"),
+        ("smal", "prompts: smal: no task or type of task of this name; did you mean small"),
+        ("CQADupstackRetrieval", "no task or type of task of this name; did you mean CQADupstack"),  # its parts are
+        ("other", "no task or type of task of this name"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            check_prompts(["Clustering", name], suites)
 
 
 def test_a_task_of_another_kind_from_its_copy_on_disk(tmp_path: Path, monkeypatch):

@@ -231,6 +231,7 @@ def test_the_page_for_a_browser(run: Path) -> None:
     assert page.startswith("<!doctype html>") and "<title>tiny</title>" in page
     assert page.count("<table>") == sum(line.startswith("| --") for line in text.splitlines())
     assert page.count("<img ") == text.count("](plots/") and "<details>" in page and "</details>" in page
+    assert '<td style="text-align:right">' in page and "td[style*=right]{white-space:nowrap}" in page  # numbers
     assert "<b>" not in page and "<code>&lt;b&gt;x&lt;/b&gt; |" in page
 
 

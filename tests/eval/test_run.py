@@ -1,6 +1,7 @@
 """Evaluation end to end: files, shared documents, candidates, ranks, and the command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from eval.evaluate import evaluate, evaluate_bm25
 from eval.run import main
 from eval.suites import load_suite
 from toolkit import bm25
-from toolkit.recipe import RecipeError
+from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retrievers import Loaded
 
 
@@ -68,7 +69,7 @@ def test_vectors_are_kept_where_asked(dtype, folder: Path, tmp_path: Path):
     found = []
     for name, vectors in (("a", kept), ("b", kept), ("c", None)):
         rows.clear()
-        settings = {"vectors": vectors, "dtype": dtype}
+        settings = {"vectors": vectors, "changes": EvalSettings(vectors_dtype=dtype)}
         found.append(evaluate(retriever, [str(folder)], tmp_path / name, label="", step=None, **settings))
         documents = 0 if name == "b" else len(set(task.collection.documents.values()))
         assert sum(rows) == documents + 6
@@ -262,3 +263,16 @@ def test_command_errors_are_one_line(what: str, folder: Path, tmp_path: Path):
     assert done.stderr.startswith("error: ")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(
+    folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    output = tmp_path / "kept" / "out"
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and allowed(path, mode))  # also for root
+    assert main(["nothing", "--suite", str(folder), "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"error: --output {output}: {tmp_path} cannot be written; name another folder\n"
+    (tmp_path / "kept").mkdir()
+    assert main(["nothing", "--suite", str(folder), "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing: no such folder, not bm25")

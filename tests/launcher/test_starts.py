@@ -10,8 +10,8 @@ from recipe_changes import RECIPES
 from test_errors import one_stage, start
 
 import eval.evaluate
-from launcher.starts import origin, start_label
-from toolkit.recipe import Recipe, load_recipe
+from launcher.starts import origin, start_label, with_suites
+from toolkit.recipe import Recipe, RecipeError, load_recipe
 from toolkit.training import loop
 
 
@@ -45,6 +45,15 @@ def test_a_build_that_differs_is_another_start(key: str) -> None:
         assert part[name] != value
         part[name] = value
     assert [origin(Recipe.model_validate(raw), index) for index in range(3)] == [0, 1, 0]
+
+
+def test_a_prompt_for_no_task_is_told_before_the_first_stage() -> None:
+    raw = json.loads((RECIPES / "fewshot.json").read_text())
+    raw["stages"][1]["eval"]["prompts"] = {"Retrieval": "query: "}
+    with_suites(Recipe.model_validate(raw))
+    raw["stages"][1]["eval"]["prompts"] = {"Retrieva": "query: "}
+    with pytest.raises(RecipeError, match="prompts: Retrieva: no task or type of task of this name; did you mean Retr"):
+        with_suites(Recipe.model_validate(raw))
 
 
 def test_a_later_model_that_is_not_built_has_no_row() -> None:

@@ -69,14 +69,15 @@ def mining_rows(records: list[PairRecord], corpus: Iterable[str], known: dict[st
 
 
 def highest_score(positives: np.ndarray, settings: MineSettings) -> float:
-    """The score above which a passage is left out: `max_score`, and below every positive by its share.
+    """The score above which a passage is left out: `max_score`, and below every positive by a margin and by its share.
 
-    With s the lowest score of the positives the second is s - (1 - max_share) |s|: the share of s that "TopK-PercPos"
-    of NV-Retriever (2407.15831, section 3) keeps to and, for a score below zero, as far below it.
+    With s the lowest score of the positives these are s - margin and s - (1 - max_share) |s|: "TopK-MarginPos" and
+    "TopK-PercPos" of NV-Retriever (2407.15831, section 3), the latter for a score below zero as far below it.
     """
-    limits = [np.inf] if settings.max_score is None else [settings.max_score]
+    limits, lowest = [np.inf] if settings.max_score is None else [settings.max_score], float(positives.min())
+    if settings.margin is not None:
+        limits.append(lowest - settings.margin)
     if settings.max_share is not None:
-        lowest = float(positives.min())
         limits.append(lowest - (1 - settings.max_share) * abs(lowest))
     return min(limits)
 
