@@ -55,6 +55,6 @@ Stream.__next__ = next_step
 checkpoint._seal = faulty_seal
 loop.train_step = faulty_step  # pyright: ignore[reportAttributeAccessIssue]
 watch.BEAT_SECONDS = 0.5  # pyright: ignore[reportConstantRedefinition]
-watch.DEAD_SECONDS, watch.TROUBLED_SECONDS = 12.0, 5.0  # pyright: ignore[reportConstantRedefinition]
+watch.DEAD_SECONDS, watch.TROUBLED_SECONDS = 6.0, 4.0  # pyright: ignore[reportConstantRedefinition]
 last_words.end_at_signals()
 last_words.end(run.main())
