@@ -5,6 +5,7 @@ Called by eval.suites.
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
 from toolkit.data.records import Collection
+from toolkit.files import expanded
 from toolkit.recipe import RecipeError
 
 QUICK_DOCUMENTS = 2_000
@@ -24,7 +26,7 @@ QUICK_SEED = 0  # one cut for all: scores of different runs can be compared
 def is_folder(name: str) -> bool:
     """Whether a suite's name is a folder, with or without a split."""
     folder, colon, _ = name.rpartition(":")
-    return Path(name).expanduser().is_dir() or bool(colon and folder and Path(folder).expanduser().is_dir())
+    return os.path.isdir(expanded(name)) or bool(colon and folder and os.path.isdir(expanded(folder)))
 
 
 def load_folder(name: str) -> Task:
@@ -34,8 +36,8 @@ def load_folder(name: str) -> Task:
         RecipeError: for an unknown split or a malformed file (with file and line).
     """
     path, colon, split = name.rpartition(":")
-    folder, wanted = (Path(name), None) if Path(name).expanduser().is_dir() or not colon else (Path(path), split)
-    folder = folder.expanduser()
+    folder, wanted = (name, None) if os.path.isdir(expanded(name)) or not colon else (path, split)
+    folder = expanded(folder)
     if is_hub_layout(folder):
         return _load_hub_layout(folder, wanted)
     return _load_answers(folder) if not (folder / "qrels").exists() and wanted is None else _load_beir(folder, wanted)
@@ -129,7 +131,7 @@ def is_hub_layout(folder: Path) -> bool:
     readme = folder / "README.md"
     if not readme.is_file():
         return False
-    head = readme.read_text(encoding="utf-8").split("---")
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
     return len(head) > 2 and any(line.startswith("configs:") for line in head[1].splitlines())
 
 

@@ -8,10 +8,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from toolkit.data.faults import skipping
+from toolkit.data.texts import document_texts, passage_texts
 from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
 from toolkit.files import replacing_folder
 from toolkit.models.backbone import build_llama, llama_config
-from toolkit.prepare import data_digest, document_texts, passage_texts, together
+from toolkit.prepare import data_digest, together
 from toolkit.prepare_sources import known_sources
 from toolkit.recipe import BuildModel, Data
 
@@ -29,8 +31,8 @@ def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
     def write() -> None:
         if not folder.is_dir():
             with replacing_folder(folder) as work:
-                passages = (text for text, _ in passage_texts(data, Counter()))
-                texts = document_texts(data, Counter()) if data.crops else passages
+                passages = (text for text, _ in passage_texts(data, Counter(), skipping(data)))
+                texts = document_texts(data, Counter(), skipping(data)) if data.crops else passages
                 tokenizer = train_tokenizer(build.tokenizer, texts)
                 vocabulary = tokenizer.get_vocab()
                 config = llama_config(build.model_dump(), vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
