@@ -60,8 +60,8 @@ def test_beir_mistakes(tmp_path: Path):
         )
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t--1\n")
     assert error(folder, "beir", "dev") == (
-        f"{folder}/qrels/dev.tsv: line 2: write query-id, corpus-id and a whole number (at most six digits) between tabs; "
-        "found 'q0\\td0\\t--1'"
+        f"{folder}/qrels/dev.tsv: line 2: write query-id, corpus-id and a whole number (at most six digits) "
+        "between tabs; found 'q0\\td0\\t--1'"
     )
     write(folder / "corpus.jsonl", {"_id": "d0", "text": "\ud800"})
     assert error(folder, "beir", "test") == (
