@@ -15,9 +15,9 @@ import numpy as np
 
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
-from toolkit.data.records import Collection
+from toolkit.data.records import Collection, check_encodable
 from toolkit.files import expanded
-from toolkit.recipe import RecipeError
+from toolkit.recipe import RecipeError, one_line
 
 QUICK_DOCUMENTS = 2_000
 QUICK_SEED = 0  # one cut for all: scores of different runs can be compared
@@ -79,7 +79,7 @@ def choose_split(folder: Path, splits: list[str], wanted: str | None) -> str:
         wanted = "test" if "test" in splits else splits[0] if len(splits) == 1 else None
     if wanted not in splits:
         found = ", ".join(f"{folder}:{s}" for s in splits) or "none (a split is a file qrels/NAME.tsv)"
-        raise RecipeError(f"{folder}: name one of its splits; found {found}")
+        raise RecipeError(one_line(f"{folder}: name one of its splits; found {found}"))
     return wanted
 
 
@@ -92,7 +92,7 @@ def _load_beir(folder: Path, wanted: str | None) -> Task:
     path = folder / "qrels" / f"{split}.tsv"
     qrels = read_judgements(path, queries)
     if not any(grade > 0 and did in documents for grades in qrels.values() for did, grade in grades.items()):
-        raise RecipeError(f"{path}: no judged document is in corpus.jsonl; their ids must agree")
+        raise RecipeError(f"{one_line(path)}: no judged document is in corpus.jsonl; their ids must agree")
     name = folder.resolve().name
     return local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split)
 
@@ -107,11 +107,14 @@ def _load_answers(folder: Path) -> Task:
         queries[query], answers[query] = row["text"].strip(), row.get("answers") or []
         if not isinstance(row.get("answers", []), list) or not all(isinstance(a, str) for a in answers[query]):
             raise RecipeError(f"{at}: answers is no list of texts; write a list")
+        for answer in answers[query]:
+            check_encodable(answer, "answers", at)
     if not any(answers.values()):
         beir_splits(folder)  # neither judgements nor answers
     missing = next((query for query, wanted in answers.items() if not wanted), None)
     if missing is not None:
-        raise RecipeError(f"{folder}/queries.jsonl: question {missing!r} has no answers; give it some or take it out")
+        question = one_line(f"{folder}/queries.jsonl: question {missing!r}")
+        raise RecipeError(f"{question} has no answers; give it some or take it out")
     documents, starts = {}, []
     for document, row, _ in beir_rows(folder / "corpus.jsonl"):
         documents[document] = titled(row)

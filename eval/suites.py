@@ -12,7 +12,7 @@ from eval.folders import is_folder, load_folder, local_task, shrink
 from eval.tasks import MtebTask, Task
 from toolkit.data.stdlib_corpus import collection as stdlib_collection
 from toolkit.files import expanded
-from toolkit.recipe import RecipeError
+from toolkit.recipe import RecipeError, one_line
 
 STDLIB: dict[str, Literal["dev", "test"]] = {"stdlib:dev": "dev", "stdlib:test": "test"}
 LOCAL = "local"  # the group of whole folders and of the embedded corpus
@@ -96,7 +96,7 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
     """
     if name.startswith("stdlib:"):
         if name not in STDLIB:
-            raise RecipeError(f"suite {name}: no such split; use {' or '.join(STDLIB)}")
+            raise RecipeError(f"suite {one_line(name)}: no such split; use {' or '.join(STDLIB)}")
         task = local_task(stdlib_collection(STDLIB[name]), "stdlib", STDLIB[name], code=True)
         return [task._replace(group=LOCAL, member=task.collection.name)]
     if _is_local(name):
@@ -107,9 +107,12 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
         return [task._replace(group="quick", member=task.collection.name)]
     label, equals, mirror = name.partition("=")
     if not equals and name.startswith((".", "/", "~", "quick:")):
-        raise RecipeError(f"suite {name}: no such folder; name a folder with corpus.jsonl, queries.jsonl and qrels/")
+        raise RecipeError(
+            f"suite {one_line(name, 200)}: no such folder; name a folder with corpus.jsonl, queries.jsonl and qrels/"
+        )
     if equals and not os.path.isdir(expanded(mirror)):
-        raise RecipeError(f"suite {name}: {mirror} is no folder; write NAME=FOLDER with the data of mteb's task NAME")
+        named = one_line(f"suite {name}", 200)
+        raise RecipeError(f"{named} names no folder; write NAME=FOLDER with the data of mteb's task NAME")
     return _mteb_tasks(label, expanded(mirror) if equals else None)
 
 

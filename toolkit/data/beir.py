@@ -13,6 +13,7 @@ from toolkit.data.lines import decoded, numbered_lines, parsed
 from toolkit.data.records import check_encodable, kind_of
 from toolkit.recipe import RecipeError, one_line
 
+HIGHEST_GRADE = 999_999  # trec_eval takes memory for every grade up to the highest, and reads one of 2^31 as another
 _UNNAMEABLE = re.compile(r"[\0\t\r\n]")  # ends an id in a file of judgements, or in trec_eval
 
 
@@ -142,10 +143,7 @@ def _add(qrels: dict[str, dict[str, int]], line: str, queries: Container[str] | 
 
 
 def _judgement(line: str) -> tuple[str, str, int] | None:
-    """(query id, document id, grade) of a line, None if it holds none.
-
-    Six digits, since trec_eval takes memory for every grade up to the highest, and reads one of 2^31 as another.
-    """
+    """(query id, document id, grade) of a line, None if it holds none."""
     fields = line.split("\t")
     if len(fields) != 3 or "\0" in line or re.fullmatch(r"\s*-?\d{1,6}\s*", fields[2]) is None:
         return None
