@@ -44,11 +44,11 @@ def decoded(line: bytes, where: str) -> str:
 
 def parsed(line: bytes, where: str) -> Any:
     """The JSON value of a line; RowFault if it holds none."""
-    text = decoded(line, where)
+    text = decoded(line, where).rstrip("\r\n")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        problem = f"not JSON ({error.msg} at column {error.colno})"
+        problem = f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     except RecursionError:
         problem = "not JSON of use (nested too deep)"
     except ValueError:
