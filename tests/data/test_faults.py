@@ -313,7 +313,7 @@ def test_counts_are_kept_and_said_again(tmp_path: Path, capsys: pytest.CaptureFi
         leave_out(RowFault("not JSON", f"x: line {number}: not\nJSON"), skipped)
     leave_out(RowFault("no object", "x: line 7: \ud800"), skipped)
     keep_skipped(skipped, tmp_path)
-    said = "data: 1,001 faulty rows were skipped: 1,000 not JSON, 1 no object; the first of each kind:"
+    said = "data: faulty rows skipped: 1,001 (1,000 not JSON, 1 no object); the first of each kind:"
     lines = [*(f"  x: line {number}: not\\nJSON" for number in range(3)), "  x: line 7: \\ud800"]
     for _ in range(2):
         say_skipped(tmp_path)

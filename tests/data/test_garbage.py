@@ -79,7 +79,7 @@ LINES = st.one_of(BROKEN, st.binary(max_size=12), VALUES.map(line))
 def test_any_lines(place: Path, form: str):
     fields, own_rows = FORMATS[form]
 
-    @examples(120)
+    @examples(80)
     @given(st.lists(st.one_of(own_rows.map(line), LINES), max_size=5), st.sampled_from([".jsonl", ".jsonl.gz"]))
     def any_lines(lines: list[bytes], suffix: str) -> None:
         path = place / f"x{suffix}"
@@ -212,7 +212,7 @@ def test_damaged_beir_folders(place: Path, part: str):
     tabs = part.endswith(".tsv")
     own = (OWN_LINES if tabs else OWN_ROWS.map(line)) | LINES
 
-    @examples(100)
+    @examples(60)
     @given(
         st.one_of(damaged(BEIR[part]), st.lists(own, max_size=4).map(lambda lines: b"\n".join([BEIR[part], *lines])))
     )

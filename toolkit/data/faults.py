@@ -93,7 +93,7 @@ def say_skipped(folder: Path) -> None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         kinds, lines = Counter(kept["kinds"]), [line for lines in kept["first"].values() for line in lines]
-        told = f"data: {kinds.total():,} faulty rows were skipped: {_counted(kinds)}; the first of each kind:"
+        told = f"data: faulty rows skipped: {kinds.total():,} ({_counted(kinds)}); the first of each kind:"
         print("\n  ".join([told, *lines]), flush=True)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{folder}: is damaged ({_FILE}: {error}); delete it, and it is made again") from None
