@@ -349,9 +349,9 @@ def source_name(source: HubSource | FolderSource | StdlibSource) -> str:
     """Kind and name of a source, e.g. "hub: owner/name"."""
     match source:
         case HubSource():
-            return f"hub: {source.hub}"
+            return one_line(f"hub: {source.hub}")
         case FolderSource():
-            return f"folder: {source.folder}"
+            return one_line(f"folder: {source.folder}")
         case StdlibSource():
             return f"stdlib: {source.stdlib}"
 

@@ -219,7 +219,7 @@ def test_language_model_reads_the_text_as_it_is(tokenizer):
 @pytest.mark.parametrize("unit", ["sentences", "lines"])
 @pytest.mark.parametrize(
     "text",
-    ["\n" * 400_000, "a" + " " * 400_000 + "b", "a\r\n" + "\r\n" * 200_000 + "b", " \n" * 200_000, "." * 400_000],
+    ["\n" * 1_000_000, "a" + " " * 400_000 + "b", "a\r\n" + "\r\n" * 200_000 + "b", " \n" * 200_000, "." * 400_000],
     ids=["empty lines", "spaces", "windows lines", "blank lines", "marks"],
 )
 def test_time_follows_the_length_of_a_text(text: str, unit: Literal["sentences", "lines"]):

@@ -50,7 +50,7 @@ def beir_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[str,
     Raises:
         RecipeError: for a malformed line or an id met before (file, line, fix), a file that is empty or cannot be read.
     """
-    return some_usable(_rows(path, skipped), str(path), skipped)
+    return some_usable(_rows(path, skipped), one_line(path), skipped)
 
 
 def _rows(path: Path, skipped: Skipped | None) -> Iterator[tuple[str, dict[str, Any], str]]:

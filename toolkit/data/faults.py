@@ -54,16 +54,17 @@ def leave_out(fault: RowFault, skipped: Skipped | None) -> None:
 
 
 def some_usable(records: Iterable[Record], name: str, skipped: Skipped | None) -> Iterator[Record]:
-    """The records of a source or file; RecipeError at its end if rows were left out and none of use was among them."""
+    """The records of a source or file; RecipeError at its end if rows were left out and none of use was among them.
+
+    `name` is its name on one line.
+    """
     before = 0 if skipped is None else skipped.kinds.total()
     found = False
     for record in records:
         found = True
         yield record
     if skipped is not None and not found and (left_out := skipped.kinds.total() - before):
-        raise RecipeError(
-            f"{one_line(name)}: no row can be used, {left_out:,} are faulty; mend them, the last: {skipped.last}"
-        )
+        raise RecipeError(f"{name}: no row can be used, {left_out:,} are faulty; mend them, the last: {skipped.last}")
 
 
 def _counted(kinds: Counter[str]) -> str:
