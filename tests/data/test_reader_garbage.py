@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def check(given_source: FolderSource) -> None:
     skipped, counts = Skipped(), Counter[str]()
     skipping = outcome(lambda: read(given_source, skipped, counts))
     for records in (refusing, skipping):
-        assert isinstance(records, str) or all(map(is_of_use, records))
+        assert "\n" not in records if isinstance(records, str) else all(map(is_of_use, records))
     if not isinstance(refusing, str):
         assert skipping == refusing and not skipped.kinds
     if not isinstance(skipping, str) and given_source.format != "beir":
@@ -110,25 +109,20 @@ def test_skipped_is_what_would_be_refused_alone(place: Path, lines: list[bytes])
     assert skipped.kinds.total() == refused
 
 
-def test_the_property_is_able_to_fail(place: Path):
-    """A reader that lets one exception through, and one that gives a row without text."""
-
-    def broken(problem: str) -> Iterator[Any]:
-        yield json.loads(problem)
-
-    with pytest.raises(json.JSONDecodeError):
-        outcome(lambda: list(broken("{")))
-    assert not is_of_use(Record([" "], None))
-    (place / "x.jsonl").write_bytes(b'{"text": "a"}\n{')
-    check(source(place / "x.jsonl", "documents"))
-    with pytest.raises(AssertionError):
-        outcome(lambda: (_ for _ in ()).throw(_two_lines()))
-
-
-def _two_lines() -> Exception:
-    from toolkit.recipe import RecipeError
-
-    return RecipeError("first\n \nthird")
+def test_the_properties_are_able_to_fail(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Readers that let an exception or a value through, and a line that is two."""
+    (place / "x.jsonl").write_bytes(b'{"text": "a"}\n{\n{"text": 3, "t\\nt": 1}')
+    given_source = source(place / "x.jsonl", "documents")
+    check(given_source)
+    with monkeypatch.context() as patch, pytest.raises(json.JSONDecodeError):
+        patch.setattr("toolkit.data.records.parsed", lambda line, where: json.loads(line))
+        check(given_source)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr("toolkit.data.records.with_title", lambda title, text: " ")
+        check(given_source)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr("toolkit.data.faults.one_line", str)
+        check(source(place / "x.jsonl", "documents", text="t\n"))
 
 
 # --------------------------------------------------------------------------- whole files
