@@ -111,7 +111,7 @@ def test_skipped_is_what_would_be_refused_alone(place: Path, lines: list[bytes])
 
 def test_the_properties_are_able_to_fail(place: Path, monkeypatch: pytest.MonkeyPatch):
     """Readers that let an exception or a value through, and a line that is two."""
-    (place / "x.jsonl").write_bytes(b'{"text": "a"}\n{\n{"text": 3, "t\\nt": 1}')
+    (place / "x.jsonl").write_bytes(b'{"text": "a"}\n{\n{"text": 3}')
     given_source = source(place / "x.jsonl", "documents")
     check(given_source)
     with monkeypatch.context() as patch, pytest.raises(json.JSONDecodeError):
@@ -120,9 +120,11 @@ def test_the_properties_are_able_to_fail(place: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr("toolkit.data.records.with_title", lambda title, text: " ")
         check(given_source)
+    (place / "x\ny.jsonl").write_bytes(b"{")
+    check(source(place / "x\ny.jsonl", "documents"))
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr("toolkit.data.faults.one_line", str)
-        check(source(place / "x.jsonl", "documents", text="t\n"))
+        check(source(place / "x\ny.jsonl", "documents"))
 
 
 # --------------------------------------------------------------------------- whole files
