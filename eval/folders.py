@@ -5,6 +5,7 @@ Called by eval.suites.
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ import numpy as np
 
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
-from toolkit.data.records import Collection
-from toolkit.recipe import RecipeError
+from toolkit.data.records import Collection, check_encodable
+from toolkit.files import expanded
+from toolkit.recipe import RecipeError, one_line
 
 QUICK_DOCUMENTS = 2_000
 QUICK_SEED = 0  # one cut for all: scores of different runs can be compared
@@ -24,7 +26,7 @@ QUICK_SEED = 0  # one cut for all: scores of different runs can be compared
 def is_folder(name: str) -> bool:
     """Whether a suite's name is a folder, with or without a split."""
     folder, colon, _ = name.rpartition(":")
-    return Path(name).expanduser().is_dir() or bool(colon and folder and Path(folder).expanduser().is_dir())
+    return os.path.isdir(expanded(name)) or bool(colon and folder and os.path.isdir(expanded(folder)))
 
 
 def load_folder(name: str) -> Task:
@@ -34,8 +36,8 @@ def load_folder(name: str) -> Task:
         RecipeError: for an unknown split or a malformed file (with file and line).
     """
     path, colon, split = name.rpartition(":")
-    folder, wanted = (Path(name), None) if Path(name).expanduser().is_dir() or not colon else (Path(path), split)
-    folder = folder.expanduser()
+    folder, wanted = (name, None) if os.path.isdir(expanded(name)) or not colon else (path, split)
+    folder = expanded(folder)
     if is_hub_layout(folder):
         return _load_hub_layout(folder, wanted)
     return _load_answers(folder) if not (folder / "qrels").exists() and wanted is None else _load_beir(folder, wanted)
@@ -77,7 +79,7 @@ def choose_split(folder: Path, splits: list[str], wanted: str | None) -> str:
         wanted = "test" if "test" in splits else splits[0] if len(splits) == 1 else None
     if wanted not in splits:
         found = ", ".join(f"{folder}:{s}" for s in splits) or "none (a split is a file qrels/NAME.tsv)"
-        raise RecipeError(f"{folder}: name one of its splits; found {found}")
+        raise RecipeError(one_line(f"{folder}: name one of its splits; found {found}"))
     return wanted
 
 
@@ -90,7 +92,7 @@ def _load_beir(folder: Path, wanted: str | None) -> Task:
     path = folder / "qrels" / f"{split}.tsv"
     qrels = read_judgements(path, queries)
     if not any(grade > 0 and did in documents for grades in qrels.values() for did, grade in grades.items()):
-        raise RecipeError(f"{path}: no judged document is in corpus.jsonl; their ids must agree")
+        raise RecipeError(f"{one_line(path)}: no judged document is in corpus.jsonl; their ids must agree")
     name = folder.resolve().name
     return local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split)
 
@@ -105,11 +107,14 @@ def _load_answers(folder: Path) -> Task:
         queries[query], answers[query] = row["text"].strip(), row.get("answers") or []
         if not isinstance(row.get("answers", []), list) or not all(isinstance(a, str) for a in answers[query]):
             raise RecipeError(f"{at}: answers is no list of texts; write a list")
+        for answer in answers[query]:
+            check_encodable(answer, "answers", at)
     if not any(answers.values()):
         beir_splits(folder)  # neither judgements nor answers
     missing = next((query for query, wanted in answers.items() if not wanted), None)
     if missing is not None:
-        raise RecipeError(f"{folder}/queries.jsonl: question {missing!r} has no answers; give it some or take it out")
+        question = one_line(f"{folder}/queries.jsonl: question {missing!r}")
+        raise RecipeError(f"{question} has no answers; give it some or take it out")
     documents, starts = {}, []
     for document, row, _ in beir_rows(folder / "corpus.jsonl"):
         documents[document] = titled(row)
@@ -129,7 +134,7 @@ def is_hub_layout(folder: Path) -> bool:
     readme = folder / "README.md"
     if not readme.is_file():
         return False
-    head = readme.read_text(encoding="utf-8").split("---")
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
     return len(head) > 2 and any(line.startswith("configs:") for line in head[1].splitlines())
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import datasets.config
 import mteb
 from datasets import disable_progress_bars, get_dataset_config_names, get_dataset_split_names
-from datasets.exceptions import DatasetsError
 from huggingface_hub.utils import logging
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
@@ -23,9 +22,9 @@ from eval.scores import K_VALUES, MEASURES
 from eval.suites import STDLIB, SUITES, Group
 from eval.tasks import MtebTask, Task
 from toolkit.collectives import rank
-from toolkit.data.beir import beir_rows, beir_splits, read_judgements, titled
+from toolkit.data.beir import HIGHEST_GRADE, beir_rows, beir_splits, check_id, read_judgements, titled
 from toolkit.data.records import Collection
-from toolkit.recipe import RecipeError
+from toolkit.recipe import RecipeError, one_line
 
 disable_progress_bars()  # every rank would print its own
 logging.set_verbosity_error()  # the hub is tried for 20 s and each try logged; the error below says it once
@@ -82,7 +81,8 @@ def _single(name: str) -> tuple[Group, Members]:
         known += [label for b in mteb.get_benchmarks() for label in (b.name, *b.aliases)]
         close = difflib.get_close_matches(name, [*known, *STDLIB, *SUITES, "quick"], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "name a folder, an mteb task or an mteb benchmark"
-        raise RecipeError(f"suite {name}: no folder and no mteb task or benchmark of this name; {hint}") from None
+        named = one_line(f"suite {name}", 200)
+        raise RecipeError(f"{named}: no folder and no mteb task or benchmark of this name; {hint}") from None
     if isinstance(task, AbsTaskAggregate):
         return Group(name, ()), [(part.metadata.name, [part]) for part in _parts(task)]
     return Group("", ()), [(name, [task])]
@@ -151,12 +151,17 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
         return
     readable(info.name, task.metadata.dataset["path"], task.load_data, folder)
     task.convert_v1_dataset_format_to_v2(num_proc=None)
+    hub_copy = folder if folder is not None and is_hub_layout(folder) else None
     for subset in task.hf_subsets:
         for split in task.eval_splits:
             data = retrieval.dataset[subset][split]
+            if hub_copy is not None:
+                _check_columns(hub_copy, data)
             if len(data["queries"]) and not isinstance(data["queries"][0]["text"], str):  # conversations
                 yield MtebTask(task, info.name, folder)
                 return
+            if hub_copy is not None:
+                readable(info.name, str(hub_copy), lambda data=data: _check_rows(hub_copy, data))
             name = ":".join(
                 [
                     info.name,
@@ -183,8 +188,41 @@ def read_hub_layout(folder: Path, name: str, split: str) -> Task:
     """The collection of a folder in the hub's layout, which is no task of mteb."""
     loader = RetrievalDatasetLoader(str(folder), revision=None, split=split)  # pyright: ignore[reportArgumentType]
     data: Any = readable(name, str(folder), loader.load, folder)
+    _check_columns(folder, data)
+    readable(name, str(folder), lambda: _check_rows(folder, data))
     task = local_task(_collection(name, data), folder.resolve().name, split)
     return task._replace(candidates=data["top_ranked"])
+
+
+def _check_columns(folder: Path, data: Mapping[str, Any]) -> None:
+    for part in ("corpus", "queries"):
+        lacks = [name for name in ("id", "text") if name not in data[part].column_names]
+        if lacks:
+            raise RecipeError(f"{one_line(folder)}: {part} lacks {' and '.join(lacks)}; give each row _id and text")
+
+
+def _check_rows(folder: Path, data: Mapping[str, Any]) -> None:
+    """RecipeError for what has no score: rows without id or text, ids met before, judgements without a grade."""
+    texts: dict[str, set[str]] = {}
+    for part in ("corpus", "queries"):
+        texts[part] = set()
+        for row_id, text in zip(data[part]["id"], data[part]["text"], strict=True):
+            at = one_line(f"{folder}: {part}: row with _id {row_id!r}", 400)
+            if not isinstance(row_id, str) or not isinstance(text, str):
+                raise RecipeError(f"{at}: write _id and text as strings; null and numbers are none")
+            check_id(row_id, "_id", at)
+            if row_id in texts[part]:
+                raise RecipeError(f"{at}: an earlier row has this _id too; ids must differ")
+            texts[part].add(row_id)
+    relevant = False
+    for query, grades in data["relevant_docs"].items():
+        for document, grade in grades.items():
+            if query is None or document is None or grade is None or abs(grade) > HIGHEST_GRADE:
+                fix = "write query-id, corpus-id and a whole number of at most six digits"
+                raise RecipeError(one_line(f"{folder}: judgement ({query}, {document}, {grade}): {fix}"))
+            relevant |= grade > 0 and query in texts["queries"] and document in texts["corpus"]
+    if not relevant:
+        raise RecipeError(f"{one_line(folder)}: no relevant document of a query is in the corpus; their ids must agree")
 
 
 def hub_splits(folder: Path) -> list[str]:
@@ -209,9 +247,11 @@ def readable(name: str, path: str, read: Callable[[], Any], folder: Path | None 
         if folder is not None:
             datasets.config.HF_DATASETS_CACHE = Path(cache) / "folders" / files_digest(folder)
         return read()
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:  # the libraries raise a dozen unrelated types here
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RecipeError(f"suite {name}: {path} cannot be loaded ({reason}); give a folder") from error
+        raise RecipeError(one_line(f"suite {name}: {path} cannot be loaded ({reason}); give a folder")) from error
     finally:
         datasets.config.HF_DATASETS_CACHE = cache
 
@@ -222,7 +262,7 @@ def _beir_data(folder: Path, split: str) -> dict[str, Any]:
     split = choose_split(folder, splits, split if split in splits or len(splits) != 1 else None)
     rows = {}
     for part in ("corpus", "queries"):
-        rows[part] = [{"id": i, **row} for i, row, _ in beir_rows(folder / f"{part}.jsonl")]
+        rows[part] = [{**row, "id": i} for i, row, _ in beir_rows(folder / f"{part}.jsonl")]
     qrels = read_judgements(folder / "qrels" / f"{split}.tsv", {row["id"] for row in rows["queries"]})
     return {**rows, "relevant_docs": qrels, "top_ranked": None}
 

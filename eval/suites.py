@@ -3,6 +3,7 @@
 Called by eval.evaluate and, for what a recipe's names mean together, by the launcher.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 from eval.folders import is_folder, load_folder, local_task, shrink
 from eval.tasks import MtebTask, Task
 from toolkit.data.stdlib_corpus import collection as stdlib_collection
-from toolkit.recipe import RecipeError
+from toolkit.files import expanded
+from toolkit.recipe import RecipeError, one_line
 
 STDLIB: dict[str, Literal["dev", "test"]] = {"stdlib:dev": "dev", "stdlib:test": "test"}
 LOCAL = "local"  # the group of whole folders and of the embedded corpus
@@ -106,7 +108,7 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
     """
     if name.startswith("stdlib:"):
         if name not in STDLIB:
-            raise RecipeError(f"suite {name}: no such split; use {' or '.join(STDLIB)}")
+            raise RecipeError(f"suite {one_line(name)}: no such split; use {' or '.join(STDLIB)}")
         task = local_task(stdlib_collection(STDLIB[name]), "stdlib", STDLIB[name], code=True)
         return [task._replace(group=LOCAL, member=task.collection.name)]
     if _is_local(name):
@@ -117,10 +119,13 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
         return [task._replace(group="quick", member=task.collection.name)]
     label, equals, mirror = name.partition("=")
     if not equals and name.startswith((".", "/", "~", "quick:")):
-        raise RecipeError(f"suite {name}: no such folder; name a folder with corpus.jsonl, queries.jsonl and qrels/")
-    if equals and not Path(mirror).expanduser().is_dir():
-        raise RecipeError(f"suite {name}: {mirror} is no folder; write NAME=FOLDER with the data of mteb's task NAME")
-    return _mteb_tasks(label, Path(mirror).expanduser() if equals else None)
+        raise RecipeError(
+            f"suite {one_line(name, 200)}: no such folder; name a folder with corpus.jsonl, queries.jsonl and qrels/"
+        )
+    if equals and not os.path.isdir(expanded(mirror)):
+        named = one_line(f"suite {name}", 200)
+        raise RecipeError(f"{named} names no folder; write NAME=FOLDER with the data of mteb's task NAME")
+    return _mteb_tasks(label, expanded(mirror) if equals else None)
 
 
 def _mteb_tasks(name: str, mirror: Path | None) -> Iterator[Task | MtebTask]:
@@ -156,8 +161,8 @@ def data_state(suites: list[str]) -> dict[str, Any]:
         quick = suite.removeprefix("quick:")
         local = quick != suite or _is_local(suite)
         places = (quick, quick.rpartition(":")[0]) if local else (suite.partition("=")[2],)
-        folders = [Path(place).expanduser() for place in places if place]
-        folder = next((place for place in folders if place.is_dir()), None)
+        folders = [expanded(place) for place in places if place]
+        folder = next((place for place in folders if os.path.isdir(place)), None)
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
         found = [(str(path.relative_to(folder)), path.stat()) for path in files] if folder else []
         state[suite] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]

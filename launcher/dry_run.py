@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from toolkit.data.pair_records import pair_files
 from toolkit.data.records import source_files
+from toolkit.files import expanded
 from toolkit.models.backbone import adapter_config, llama_config, read_config
 from toolkit.prepare import base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.recipe import (
@@ -78,7 +79,7 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
         case BuildStart():
             return llama_config(start.build.model_dump(), bos_id=0, eos_id=1, pad_id=1)
         case FolderStart():
-            folder = Path(start.folder).expanduser()
+            folder = expanded(start.folder)
             if start is recipe.stages[index].start and holds_bare_adapter(folder):
                 adapter_config(folder, recipe.stages[index].lora)
                 base = base_of_adapter(folder)

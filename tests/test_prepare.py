@@ -16,9 +16,10 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from toolkit import prepare
+from toolkit.data.texts import passage_texts
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
-from toolkit.prepare import ModelSource, passage_texts, prepare_passages, resolve_model
+from toolkit.prepare import ModelSource, prepare_passages, resolve_model
 from toolkit.prepare_build import build_start
 from toolkit.recipe import BuildModel, BuildStart, BuildTokenizer, Data, FolderStart, HubStart, RecipeError
 

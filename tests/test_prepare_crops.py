@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from toolkit import prepare_crops as module
 from toolkit.data import pair_records, stdlib_corpus
+from toolkit.data.texts import document_texts
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import document_texts
 from toolkit.prepare_crops import prepare_crops
 from toolkit.recipe import BuildTokenizer, Data, RecipeError
 

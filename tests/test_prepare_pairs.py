@@ -213,8 +213,8 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path, token
     folder = write_rows(tmp_path / "in", ROWS)
     data, run = make_data({"folder": str(folder)}), tmp_path / "run"
 
-    def growing(source, counts):
-        yield from read_pairs(source, counts)
+    def growing(*arguments):
+        yield from read_pairs(*arguments)
         write_rows(folder, [*ROWS, *ROWS])
 
     with monkeypatch.context() as patch:

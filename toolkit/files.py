@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all. Called by whatever writes results."""
+"""Files and folders that are there whole or not at all, and paths as users write them. Called by whatever has some."""
 
 import os
 import shutil
@@ -6,6 +6,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def expanded(name: str | Path) -> Path:
+    """A path with ~ and ~user written out; where there is no such user it stays as it is, and names nothing."""
+    return Path(os.path.expanduser(name))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from toolkit.data.negatives import known_positives, mining_rows
 from toolkit.data.pair_records import content_hash, read_pairs
 from toolkit.data.records import read_source
 from toolkit.embed import checkpoint_digest
-from toolkit.files import replacing_folder
+from toolkit.files import expanded, replacing_folder
 from toolkit.last_words import end
 from toolkit.mining import bm25_search, digest_of_all, mine, retriever_search, write_mined
 from toolkit.prepare import on_every_rank, together
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> None:
         records = list(read_pairs(source, Counter()))
         if not records:
             raise RecipeError(f"{arguments.pairs}: holds no pair; name rows with queries and positives")
-        more = passages_beside(source) if arguments.corpus is None else _read_corpus(Path(arguments.corpus))
+        more = passages_beside(source, None) if arguments.corpus is None else _read_corpus(Path(arguments.corpus))
         return mining_rows(records, more, known_positives(records))
 
     rows = on_every_rank(read)
@@ -119,13 +119,13 @@ def _changes(arguments: argparse.Namespace) -> EvalSettings:
 
 
 def _source(path: str, split: str) -> FolderSource:
-    beir = (Path(path).expanduser() / "qrels").is_dir()
+    beir = (expanded(path) / "qrels").is_dir()
     raw = {"folder": path, "format": "beir", "split": split} if beir else {"folder": path, "format": "pairs"}
     return FolderSource.model_validate(raw)
 
 
 def _read_corpus(path: Path) -> list[str]:
-    corpus = path.expanduser() / "corpus.jsonl"
+    corpus = expanded(path) / "corpus.jsonl"
     if corpus.is_file():
         return list(read_beir_texts(corpus).values())
     source = FolderSource.model_validate({"folder": str(path), "format": "documents"})

@@ -7,7 +7,7 @@ import hashlib
 import json
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -23,20 +23,18 @@ from huggingface_hub.errors import (
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank
 from toolkit.data import stdlib_corpus
-from toolkit.data.records import check_group_sizes, read_source
-from toolkit.data.spans import PassageStore, cut, write_store
-from toolkit.files import replacing_folder
+from toolkit.data.faults import keep_skipped, say_skipped, skipping
+from toolkit.data.spans import PassageStore, write_store
+from toolkit.data.texts import of_groups, passage_texts
+from toolkit.files import expanded, replacing_folder
 from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import (
     BuildStart,
     Data,
-    FolderSource,
     FolderStart,
-    HubSource,
     HubStart,
     RecipeError,
     StdlibSource,
-    source_name,
 )
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -81,7 +79,7 @@ def resolve_model(
         case HubStart():
             return ModelSource(_download(start.hub), start.hub)
         case FolderStart():
-            return _export_or_model(Path(start.folder).expanduser(), previous_kind)
+            return _export_or_model(expanded(start.folder), previous_kind)
         case BuildStart():
             assert built is not None
             return _in_folder(built)
@@ -251,61 +249,19 @@ def prepare_passages(data: Data, run: Path) -> PassageStore:
         folder = run / "prepared" / f"passages_{data_digest(data, known)}"
         if not folder.is_dir():
             counts: Counter[str] = Counter()
-            form = "groups" if any(_of_groups(source) for source in data.sources) else "documents"
+            skipped = skipping(data)
+            form = "groups" if any(of_groups(source) for source in data.sources) else "documents"
             with replacing_folder(folder) as work:
-                write_store(passage_texts(data, counts), work, form)
+                write_store(passage_texts(data, counts, skipped), work, form)
                 if not counts["passages"]:
                     raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
                 check_unchanged(known)
+                keep_skipped(skipped, work)
             _announce(data, counts, PassageStore.open(folder))
+        say_skipped(folder)
         return str(folder)
 
     return open_everywhere(Path(together(write)), PassageStore.open)
-
-
-def passage_texts(data: Data, counts: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(passage, number of its document) of all sources; the numbers rise by one.
-
-    Raises:
-        RecipeError: for a malformed row, and for sources whose groups differ in size.
-    """
-    document = -1
-    sizes: dict[int, str] = {}  # size of groups -> the source that has it
-    for source in data.sources:
-        previous: str | None = None
-        for text_or_group, cut_here, name in _records(source, counts):
-            if _of_groups(source) and len(text_or_group) not in sizes:
-                sizes[len(text_or_group)] = source_name(source)
-                check_group_sizes(sizes)
-            passages = _cut(text_or_group[0], data) if cut_here else text_or_group
-            if not passages:
-                counts["empty"] += 1
-                continue
-            document += name is None or name != previous
-            previous = name
-            for passage in passages:
-                counts["passages"] += 1
-                yield passage, document
-
-
-def _of_groups(source: HubSource | FolderSource | StdlibSource) -> bool:
-    return not isinstance(source, StdlibSource) and source.format == "groups"
-
-
-def _records(source: Any, counts: Counter[str]) -> Iterator[tuple[list[str], bool, str | None]]:
-    """(texts, whether to cut them, the document's name) of each row of a source."""
-    if isinstance(source, StdlibSource):
-        for _, text in stdlib_corpus.training_files():
-            counts["rows"] += 1
-            yield [text], True, None
-    else:
-        for record in read_source(source, counts):
-            yield record.texts, source.format == "documents", record.document
-
-
-def _cut(text: str, data: Data) -> list[str]:
-    assert data.passages is not None  # of documents
-    return cut(text, data.passages.unit, data.passages.max_words)
 
 
 def data_digest(data: Data, known: list[KnownSource]) -> str:
@@ -333,18 +289,3 @@ def tokenizer_digest(folder: Path) -> str:
     files = sorted(path for path in folder.iterdir() if any(path.match(pattern) for pattern in _TOKENIZER_PARTS))
     hashes = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files if path.is_file()]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
-
-
-def document_texts(data: Data, counts: Counter[str]) -> Iterator[str]:
-    """The documents of all sources that hold text, one after another."""
-    for source in data.sources:
-        if isinstance(source, StdlibSource):
-            for _, text in stdlib_corpus.training_files():
-                counts["rows"] += 1
-                if text.strip():
-                    yield text
-                else:
-                    counts["empty"] += 1
-        else:
-            for record in read_source(source, counts):
-                yield record.texts[0]

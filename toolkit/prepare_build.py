@@ -8,11 +8,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from toolkit.data.faults import skipping
+from toolkit.data.texts import document_texts, passage_texts
 from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
 from toolkit.files import replacing_folder
 from toolkit.models.backbone import build_llama, llama_config
-from toolkit.prepare import data_digest, document_texts, passage_texts, together
-from toolkit.prepare_sources import known_sources
+from toolkit.prepare import data_digest, together
+from toolkit.prepare_sources import check_unchanged, known_sources
 from toolkit.recipe import BuildModel, Data
 
 
@@ -20,17 +22,17 @@ def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
     """A folder with a tokenizer trained on the stage's text and a small Llama with random weights.
 
     Raises:
-        RecipeError: for malformed or empty data, the same on every rank.
+        RecipeError: for malformed or empty data, or files that change while they are read; the same on every rank.
     """
-    digest = together(lambda: data_digest(data, known_sources(data.sources, run.parent / "prepared")))
-    key = json.dumps([build.model_dump(mode="json"), digest, seed])
-    folder = run / "prepared" / f"start_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    def write() -> None:
+    def write() -> str:
+        known = known_sources(data.sources, run.parent / "prepared")
+        key = json.dumps([build.model_dump(mode="json"), data_digest(data, known), seed])
+        folder = run / "prepared" / f"start_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not folder.is_dir():
             with replacing_folder(folder) as work:
-                passages = (text for text, _ in passage_texts(data, Counter()))
-                texts = document_texts(data, Counter()) if data.crops else passages
+                passages = (text for text, _ in passage_texts(data, Counter(), skipping(data)))
+                texts = document_texts(data, Counter(), skipping(data)) if data.crops else passages
                 tokenizer = train_tokenizer(build.tokenizer, texts)
                 vocabulary = tokenizer.get_vocab()
                 config = llama_config(build.model_dump(), vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
@@ -38,6 +40,7 @@ def build_start(build: BuildModel, data: Data, seed: int, run: Path) -> Path:
                 config.pad_token_id = None
                 build_llama(config, seed, build.zero_residual).save_pretrained(work)  # pyright: ignore[reportCallIssue]
                 tokenizer.save_pretrained(work)
+                check_unchanged(known)
+        return str(folder)
 
-    together(write)
-    return folder
+    return Path(together(write))

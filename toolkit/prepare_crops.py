@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data.crops import CropStore, write_documents
+from toolkit.data.faults import keep_skipped, say_skipped, skipping
+from toolkit.data.texts import document_texts
 from toolkit.files import placing_folder
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import document_texts, open_everywhere, together, tokenizer_digest
+from toolkit.prepare import open_everywhere, together, tokenizer_digest
 from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import Data, RecipeError
 
@@ -33,9 +35,10 @@ def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
     def write() -> str:
         cache = run.parent / "prepared"
         known = known_sources(data.sources, cache)
-        folder = cache / f"crops_{_digest(known, tokenizer_folder)}"
+        folder = cache / f"crops_{_digest(known, data.faulty_rows, tokenizer_folder)}"
         if not folder.is_dir():
             _write(data, known, tokenizer_folder, folder)
+        say_skipped(folder)
         return str(folder)
 
     return open_everywhere(Path(together(write)), CropStore.open)
@@ -47,12 +50,14 @@ def _write(data: Data, known: list[KnownSource], tokenizer_folder: Path, folder:
     except ValueError as error:
         raise RecipeError(f"start: {error}") from None
     counts: Counter[str] = Counter()
+    skipped = skipping(data)
     with placing_folder(folder) as work:
-        write_documents(_tokenized(document_texts(data, counts), tokenizer), work)
+        write_documents(_tokenized(document_texts(data, counts, skipped), tokenizer), work)
         meta = CropStore.open(work).meta
         if not meta["documents"]:
             raise RecipeError(f"data.sources: no text in {counts['rows']} rows; name a source that holds some")
         check_unchanged(known)
+        keep_skipped(skipped, work)
     print(
         f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
         f"{meta['documents']:,} documents, {meta['tokens']:,} tokens, digest {meta['digest']}",
@@ -87,7 +92,8 @@ def _with_ids(texts: list[str], tokenizer: Any) -> Iterator[tuple[str, list[int]
     return zip(texts, encoded["input_ids"], strict=True)
 
 
-def _digest(known: list[KnownSource], tokenizer_folder: Path) -> str:
+def _digest(known: list[KnownSource], faulty_rows: str, tokenizer_folder: Path) -> str:
     """16 hex digits of what decides the store: what the sources hold and how it is read, the tokenizer's files."""
     sources = [[source.model_dump(mode="json", exclude={"folder"}), content] for source, _, content in known]
-    return hashlib.sha256(json.dumps([sources, tokenizer_digest(tokenizer_folder)]).encode()).hexdigest()[:16]
+    parts = [sources, faulty_rows, tokenizer_digest(tokenizer_folder)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

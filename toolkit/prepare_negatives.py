@@ -14,6 +14,7 @@ import torch
 
 from toolkit.bm25 import SETTINGS
 from toolkit.data.beir import read_beir_texts
+from toolkit.data.faults import Skipped, keep_skipped, say_skipped, skipping
 from toolkit.data.negatives import MiningRows, known_positives, mining_rows
 from toolkit.data.pair_records import PairSource, pair_files
 from toolkit.embed import Retriever
@@ -57,14 +58,20 @@ def with_negatives(data: Data, previous: Path | None, run: Path, seed: int, devi
     if not there:
         _mine_all(data, known, previous, Path(name), seed, device)
     sources = [_mined_source(source, Path(name) / str(number)) for number, source in enumerate(data.sources)]
-    together(lambda: [_check(Path(source.folder)) for source in sources])
+
+    def check() -> None:
+        say_skipped(Path(name))
+        for source in sources:
+            _check(Path(source.folder))
+
+    together(check)
     return data.model_copy(update={"sources": sources, "mine": None})
 
 
-def passages_beside(source: PairSource) -> list[str]:
+def passages_beside(source: PairSource, skipped: Skipped | None) -> list[str]:
     """The passages of a source that no row need name: the corpus of a folder in BEIR layout."""
     if isinstance(source, FolderSource) and source.format == "beir":
-        return list(read_beir_texts(pair_files(source)[0]).values())
+        return list(read_beir_texts(pair_files(source)[0], skipped).values())
     return []
 
 
@@ -72,7 +79,15 @@ def _key(data: Data, contents: list[str], previous: Path | None, seed: int) -> s
     """16 hex digits of all that decides what is mined: texts, settings, seed, and who searches."""
     assert data.mine is not None
     sources = [source.model_dump(mode="json", exclude={"folder", "weight"}) for source in data.sources]
-    parts = [_LAYOUT, contents, sources, data.mine.model_dump(mode="json"), seed, _searcher(data.mine, previous)]
+    parts = [
+        _LAYOUT,
+        contents,
+        sources,
+        data.faulty_rows,
+        data.mine.model_dump(mode="json"),
+        seed,
+        _searcher(data.mine, previous),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -104,8 +119,9 @@ def _mine_all(
 ) -> None:
     settings = data.mine
     assert settings is not None
+    skipped = skipping(data)
     every = on_every_rank(
-        lambda: [list(limited_pairs(source, i, seed, Counter())) for i, source in enumerate(data.sources)]
+        lambda: [list(limited_pairs(source, i, seed, Counter(), skipped)) for i, source in enumerate(data.sources)]
     )
     known = known_positives(record for records in every for record in records)
     retriever = None
@@ -117,7 +133,7 @@ def _mine_all(
         if not records:
             raise RecipeError(f"data.sources.{number}: holds no pair; name a source that holds some")
         rows = on_every_rank(
-            lambda source=source, records=records: mining_rows(records, passages_beside(source), known)
+            lambda source=source, records=records: mining_rows(records, passages_beside(source, skipping(data)), known)
         )
         about = {"source": source_name(source), "texts": digest_of_all(rows), "seed": seed}
         results.append((rows, mine(rows, _search(settings, rows, retriever, source), settings, seed, number), about))
@@ -133,6 +149,7 @@ def _mine_all(
                     raise RecipeError(f"data.mine: source {number}: {error}") from None
                 print(f"data.sources.{number}: {line}", flush=True)
             check_unchanged(sources)
+            keep_skipped(skipped, work)
 
     together(write)
 

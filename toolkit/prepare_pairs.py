@@ -6,12 +6,13 @@ Called by training on every rank: rank 0 does the work, and if it fails every ra
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from toolkit.data.faults import Skipped, keep_skipped, say_skipped, skipping
 from toolkit.data.pair_records import PairRecord, PairSource, read_pairs
 from toolkit.data.pairs import PairStore, Prefixes, write_pairs
 from toolkit.data.tokens import tokenize
@@ -45,10 +46,13 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
         folder = cache / f"pairs_{_key(data, contents, encoder, tokenizer_folder, seed)}"
         if not folder.is_dir():
             counts = [Counter[str]() for _ in data.sources]
+            skipped = skipping(data)
             with placing_folder(folder) as work:
-                meta = _write(data, encoder, tokenizer_folder, seed, counts, work)
+                meta = _write(_records(data, seed, counts, skipped), data, encoder, tokenizer_folder, work)
                 check_unchanged(known)
+                keep_skipped(skipped, work)
             _announce(meta, sum(counts, Counter()))
+        say_skipped(folder)
         return str(folder)
 
     return open_everywhere(Path(together(write)), PairStore)
@@ -66,6 +70,7 @@ def _key(data: Data, contents: list[str], encoder: EncoderSettings, tokenizer_fo
         _LAYOUT,
         contents,
         sources,
+        data.faulty_rows,
         tokenizer,
         [_prefixes(source, encoder) for source in data.sources],
         [encoder.max_tokens, encoder.append_eos],
@@ -85,7 +90,11 @@ def _prefixes(source: PairSource, encoder: EncoderSettings) -> Prefixes:
 
 
 def _write(
-    data: Data, encoder: EncoderSettings, tokenizer_folder: Path, seed: int, counts: list[Counter[str]], work: Path
+    records: Iterable[tuple[int, PairRecord]],
+    data: Data,
+    encoder: EncoderSettings,
+    tokenizer_folder: Path,
+    work: Path,
 ) -> dict[str, Any]:
     try:
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -96,14 +105,16 @@ def _write(
         return tokenize(tokenizer, texts, "", encoder.max_tokens, encoder.append_eos)
 
     prefixes = [_prefixes(source, encoder) for source in data.sources]
-    return write_pairs(_records(data, seed, counts), prefixes, encode, work)
+    return write_pairs(records, prefixes, encode, work)
 
 
-def _records(data: Data, seed: int, counts: list[Counter[str]]) -> Iterator[tuple[int, PairRecord]]:
+def _records(
+    data: Data, seed: int, counts: list[Counter[str]], skipped: Skipped | None
+) -> Iterator[tuple[int, PairRecord]]:
     """(source number, row) of all sources."""
     for number, source in enumerate(data.sources):
         some = False
-        for record in limited_pairs(source, number, seed, counts[number]):
+        for record in limited_pairs(source, number, seed, counts[number], skipped):
             some = True
             yield number, record
         if not some:
@@ -112,19 +123,21 @@ def _records(data: Data, seed: int, counts: list[Counter[str]]) -> Iterator[tupl
             )
 
 
-def limited_pairs(source: PairSource, number: int, seed: int, counts: Counter[str]) -> Iterator[PairRecord]:
+def limited_pairs(
+    source: PairSource, number: int, seed: int, counts: Counter[str], skipped: Skipped | None
+) -> Iterator[PairRecord]:
     """A source's rows or, with a limit, the first so many of a permutation of them, in the source's order."""
     if source.limit is None:
-        yield from read_pairs(source, counts)
+        yield from read_pairs(source, counts, skipped)
         return
-    total = sum(1 for _ in read_pairs(source, counts))
+    total = sum(1 for _ in read_pairs(source, counts, skipped))
     if 0 < total < source.limit:
         raise RecipeError(
             f"data.sources.{number}.limit: {source.limit} rows are more than the source's {total}; lower or remove it"
         )
     chosen = np.zeros(total, dtype=bool)
     chosen[generator("limit", seed, number).permutation(total)[: source.limit]] = True
-    for row, record in enumerate(read_pairs(source, Counter())):
+    for row, record in enumerate(read_pairs(source, Counter(), None if skipped is None else Skipped())):
         if chosen[row]:
             yield record
 

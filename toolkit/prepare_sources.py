@@ -49,7 +49,10 @@ def _content(source: PairSource, fingerprint: list[Any], cache: Path) -> str:
     key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
     remembered = cache / f"content_{key}.json"
     if remembered.is_file():
-        return json.loads(remembered.read_text(encoding="utf-8"))["content"]
+        try:
+            return json.loads(remembered.read_text(encoding="utf-8"))["content"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{remembered}: is damaged ({error}); delete it, and it is made again") from None
     content = content_hash(source)
     _check(source, fingerprint)
     work = aside(remembered)

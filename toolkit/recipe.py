@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from toolkit.recipe_errors import RecipeError, explain, override, read_json
+from toolkit.recipe_errors import RecipeError, explain, one_line, override, read_json
 
 
 class Section(BaseModel):
@@ -349,9 +349,9 @@ def source_name(source: HubSource | FolderSource | StdlibSource) -> str:
     """Kind and name of a source, e.g. "hub: owner/name"."""
     match source:
         case HubSource():
-            return f"hub: {source.hub}"
+            return one_line(f"hub: {source.hub}")
         case FolderSource():
-            return f"folder: {source.folder}"
+            return one_line(f"folder: {source.folder}")
         case StdlibSource():
             return f"stdlib: {source.stdlib}"
 
@@ -466,6 +466,12 @@ class Data(Section):
         None, description="Several sources of pairs: rows of all in every pool, or one source per pool."
     )
     mine: Mine | None = Field(None, description="Search for hard negatives of the rows (pairs); null: their own alone.")
+    faulty_rows: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="Rows that cannot be used (no JSON, no UTF-8, columns missing or of another kind, an id met "
+        "before): refuse: the first is an error; skip: they are left out, counted by kind, and said. Files that cannot "
+        "be read on, and sources without one row of use, are errors in either case.",
+    )
 
 
 # --------------------------------------------------------------------------- batch, optimizer, engine
@@ -668,15 +674,15 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         recipe = Recipe.model_validate(raw)
         recipe.to_json().encode()
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {line}" for line in explain(Recipe, error))) from None
+        raise RecipeError("\n".join(one_line(f"{path}: {line}") for line in explain(Recipe, error))) from None
     except UnicodeEncodeError as error:
-        broken = error.object[error.start]
-        raise RecipeError(f"{path}: {broken!r} is half a character (a lone surrogate); write the whole one") from None
+        broken = f"{error.object[error.start]!r} is half a character (a lone surrogate); write the whole one"
+        raise RecipeError(one_line(f"{path}: {broken}")) from None
     from toolkit.recipe_checks import cross_checks  # here, since it imports the schema above
 
     problems = list(cross_checks(recipe))
     if problems:
-        raise RecipeError("\n".join(f"{path}: {where}: {what}" for where, what in problems))
+        raise RecipeError("\n".join(one_line(f"{path}: {where}: {what}") for where, what in problems))
     return recipe
 
 

@@ -1,7 +1,7 @@
 """Checks over several keys of a recipe: what one key alone cannot show. Called by load_recipe."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from toolkit.recipe import (
@@ -300,5 +300,5 @@ def _check_zero(at: str, zero: Zero) -> Iterator[tuple[str, str]]:
     elif zero.offload_optimizer is not None and zero.stage == 0:
         yield f"{at}.offload_optimizer", "works at ZeRO stages 1 to 3; set stage to 1 or offload_optimizer to null"
     for key, place in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
-        if isinstance(place, NvmeOffload) and not Path(place.nvme).is_dir():
+        if isinstance(place, NvmeOffload) and not os.path.isdir(place.nvme):
             yield f"{at}.{key}.nvme", f"{place.nvme} is no folder; create it on the NVMe disk of every node"

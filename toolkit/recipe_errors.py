@@ -6,6 +6,7 @@ Called by toolkit.recipe alone; everyone else takes RecipeError from there.
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,35 +18,58 @@ class RecipeError(Exception):
     """A mistake the user can mend: one line per problem, each with its path and its fix."""
 
 
+def one_line(text: object, longest: int | None = None) -> str:
+    """A text on one line that every terminal and file takes: escapes for line ends, controls and lone surrogates.
+
+    Args:
+        longest: characters that are kept, the last three of a longer text as "..."; None: all.
+    """
+    text = str(text)
+    if longest is not None and len(text) > longest:
+        text = text[: longest - 3] + "..."
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file; RecipeError for anything else, a key written twice included."""
+    at = one_line(path)
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        times = Counter(name for name, _ in pairs)
+        twice = sorted(one_line(repr(name), 60) for name, count in times.items() if count > 1)
         if twice:
-            raise RecipeError(
-                "\n".join(f"{path}: key {name!r} is written twice in one section; keep one" for name in twice)
-            )
+            raise RecipeError("\n".join(f"{at}: key {key} is written twice in one section; keep one" for key in twice))
         return dict(pairs)
 
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+        text = path.read_text(encoding="utf-8-sig")
+        raw = json.loads(text, object_pairs_hook=refuse_duplicates, parse_int=_whole)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+        raise RecipeError(f"{at}: cannot be read ({error.strerror}); give the path of a recipe") from None
     except UnicodeDecodeError:
-        raise RecipeError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+        raise RecipeError(f"{at}: is not UTF-8 text; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise RecipeError(
-            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); mend it there"
+            f"{at}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); mend it there"
         ) from None
     except RecursionError:
-        raise RecipeError(f"{path}: sections are nested too deeply for a recipe; flatten them") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise RecipeError(f"{path}: a value cannot be read ({error}); write a smaller one") from None
+        raise RecipeError(f"{at}: sections are nested too deeply for a recipe; flatten them") from None
+    except ValueError as error:  # an integer that is too large
+        raise RecipeError(f"{at}: a value cannot be read ({error}); write a smaller one") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a JSON object; found {_shown(raw)}; write {{...}}")
+        raise RecipeError(f"{at}: a recipe is a JSON object; found {_shown(raw)}; write {{...}}")
     return raw
+
+
+def _whole(digits: str) -> int:
+    """A whole number of a recipe; ValueError for one that is larger than the libraries' seeds and counts may be."""
+    if len(digits) > 17 or abs(int(digits)) > 2**53:
+        raise ValueError(f"{one_line(digits, 40)} is beyond 2^53")
+    return int(digits)
 
 
 def override(raw: dict[str, Any], assignments: tuple[str, ...]) -> None:
@@ -58,30 +82,41 @@ def override(raw: dict[str, Any], assignments: tuple[str, ...]) -> None:
 def _set(raw: dict[str, Any], text: str) -> str | None:
     """Apply one assignment; returns what is wrong with it."""
     key, equals, value = text.partition("=")
+    told = f"--set {one_line(text, 120)}"
     if not equals or not key:
-        return f"--set {text}: not an assignment; write --set key.path=value"
+        return f"{told}: not an assignment; write --set key.path=value"
     try:
-        parsed = json.loads(value)
+        parsed = json.loads(value, parse_int=_whole)
+    except RecursionError:
+        return f"{told}: the value is nested too deeply for a recipe; flatten it"
     except ValueError:
         parsed = value
     node: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
-        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-            node = node[int(part)]
+        if isinstance(node, list) and (place := _place_in(node, part)) is not None:
+            node = node[place]
         elif isinstance(node, dict) and part in node:
             node = node[part]
         else:
-            return f"--set {text}: {'.'.join(parents[: depth + 1])} is not in the recipe; name a section that is"
+            missing = one_line(".".join(parents[: depth + 1]), 120)
+            return f"{told}: {missing} is not in the recipe; name a section that is"
+    parent = one_line(".".join(parents))
     if isinstance(node, dict):
         node[last] = parsed
-    elif isinstance(node, list) and last.isdecimal() and int(last) < len(node):
-        node[int(last)] = parsed
+    elif isinstance(node, list) and (place := _place_in(node, last)) is not None:
+        node[place] = parsed
     elif isinstance(node, list):
-        return f"--set {text}: {'.'.join(parents)} has entries 0 to {len(node) - 1}; name one of them"
+        return f"{told}: {parent} has entries 0 to {len(node) - 1}; name one of them"
     else:
-        return f"--set {text}: {'.'.join(parents)} is {_shown(node)}, not a section; set it as a whole"
+        return f"{told}: {parent} is {_shown(node)}, not a section; set it as a whole"
     return None
+
+
+def _place_in(entries: list[Any], part: str) -> int | None:
+    """The entry that a part of a key names; None if it names none."""
+    named = part.isdecimal() and len(part) < 10 and int(part) < len(entries)
+    return int(part) if named else None
 
 
 def explain(root: type[BaseModel], invalid: ValidationError) -> list[str]:
@@ -108,7 +143,8 @@ def _explain(root: type[BaseModel], error: Any) -> tuple[str, str, str | None]:
             return path, f"missing; add this key{about}", None
         case "union_tag_invalid":
             hint, _ = _did_you_mean(str(error["ctx"]["tag"]), re.findall(r"'(\w+)'", error["ctx"]["expected_tags"]))
-            return f"{path}.{_discriminator(error)}", f"{error['ctx']['tag']!r} is unknown; {hint}", None
+            tag = one_line(repr(error["ctx"]["tag"]), 60)
+            return f"{path}.{_discriminator(error)}", f"{tag} is unknown; {hint}", None
         case "union_tag_not_found":
             return f"{path}.{_discriminator(error)}", "missing; add this key", None
         case "string_pattern_mismatch":
@@ -134,7 +170,7 @@ def _place(root: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str,
         elif tags:
             inside, tags = {tags[part]} if part in tags else set(), {}
         else:
-            path.append(part)
+            path.append(one_line(part, 60))
             owners = inside
             hints = [get_type_hints(owner, include_extras=True).get(part) for owner in owners]
             arms = [arm for hint in hints for arm in _sections(hint)]
@@ -161,5 +197,7 @@ def _did_you_mean(word: str, known: list[str]) -> tuple[str, str | None]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
+    try:
+        return one_line(json.dumps(value, default=str, ensure_ascii=False), 40)
+    except RecursionError:
+        return "sections in sections"

@@ -17,6 +17,7 @@ from toolkit.collectives import rank
 from toolkit.data.tokens import ends_with_eos, pad, pad_id, tokenize
 from toolkit.embed import Retriever, load_retriever
 from toolkit.export import load_export
+from toolkit.files import expanded
 from toolkit.models.backbone import check_length, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
@@ -82,7 +83,7 @@ def _find(what: str) -> Path:
 
     Which of them it is rank 0 decides, as the ranks would wait for one another in different places.
     """
-    folder = Path(what).expanduser()
+    folder = expanded(what)
     if together(folder.is_dir):
         on_every_rank(lambda: _check_there(folder))
         return folder

@@ -187,7 +187,7 @@ def test_a_malformed_row_is_one_line_with_place_and_fix(tmp_path: Path, data: by
         ("-1.5", "the number -1.5"),
         ("NaN", "the number nan"),
         ("Infinity", "the number inf"),
-        ("1" + "0" * 400, "the number 1" + "0" * 400),
+        ("1" + "0" * 400, "the number 1" + "0" * 36 + "..."),
         ('"1"', "text"),
         ("true", "true or false"),
         ("null", "null"),

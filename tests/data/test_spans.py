@@ -1,7 +1,9 @@
 """Passages, the store, the order of training and its batches."""
 
 import re
+import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -212,3 +214,16 @@ def test_language_model_reads_the_text_as_it_is(tokenizer):
     batch = collate_language_model(["ab", "abc"], np.array([0, 0]), tokenizer, max_tokens=3)
     assert [ids(batch.text, row) for row in range(2)] == [tokenizer(text)["input_ids"][:3] for text in ("ab", "abc")]
     assert tokenizer.eos_token_id not in batch.text.input_ids[batch.text.attention_mask.bool()]
+
+
+@pytest.mark.parametrize("unit", ["sentences", "lines"])
+@pytest.mark.parametrize(
+    "text",
+    ["\n" * 1_000_000, "a" + " " * 400_000 + "b", "a\r\n" + "\r\n" * 200_000 + "b", " \n" * 200_000, "." * 400_000],
+    ids=["empty lines", "spaces", "windows lines", "blank lines", "marks"],
+)
+def test_time_follows_the_length_of_a_text(text: str, unit: Literal["sentences", "lines"]):
+    """Empty lines, and white space within a line, took the square of their number: minutes for these texts."""
+    started = time.perf_counter()
+    assert cut(text, unit, 120) == ([text] if text[0] == "a" else [])
+    assert time.perf_counter() - started < 15

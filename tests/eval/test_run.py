@@ -194,7 +194,7 @@ def test_what_one_rank_cannot_read_is_told_by_all(folder: Path, tmp_path: Path):
     assert [own.pop(0) for own in answer] == [[evaluate_bm25([str(folder)], tmp_path / "one"), made] for made in (1, 0)]
     assert answer[0] == answer[1]
     assert answer[0][0].startswith(f"{damaged}/corpus.jsonl/") and "cannot be used (Not a directory)" in answer[0][0]
-    assert answer[0][1].startswith(f"{damaged}/corpus.jsonl: line 1: not valid JSON")
+    assert answer[0][1].startswith(f"{damaged}/corpus.jsonl: line 1: not JSON (")
     assert answer[0][2] == f"{folder}: cannot be read"
     assert not (tmp_path / "out").exists()
 

@@ -66,7 +66,7 @@ def test_revision_is_that_of_the_content(folder: Path):
 @pytest.mark.parametrize(
     ("file", "number", "line", "message"),
     [
-        ("corpus.jsonl", 3, "{", "corpus.jsonl: line 3: not valid JSON"),
+        ("corpus.jsonl", 3, "{", "corpus.jsonl: line 3: not JSON (Expecting"),
         ("corpus.jsonl", 2, '{"_id": "x"}', "corpus.jsonl: line 2: write"),
         ("corpus.jsonl", 2, '["x"]', "corpus.jsonl: line 2: write"),
         ("corpus.jsonl", 4, '{"_id": "x", "text": "a", "title": 3}', "corpus.jsonl: line 4: title is no text"),

@@ -1,10 +1,12 @@
 """Sources of a recipe -> checked rows of a query with its positives and hard negatives, in constant memory.
 
-Called by prepare (training data of the contrastive objective). A malformed row is a RecipeError with place and fix.
+Called by prepare (training data of the contrastive objective). A row that cannot be used is a RowFault with place and
+fix, or is left out and counted.
 """
 
 import hashlib
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.beir import beir_splits, read_beir_texts, read_judgements
+from toolkit.data.faults import RowFault, Skipped, leave_out, some_usable
 from toolkit.data.records import (
+    NO_COLUMN,
     checked_text,
+    file_states,
     fingerprint,
     hub_dataset,
     kind_of,
+    listed,
     no_column,
     read_rows,
     source_files,
@@ -24,7 +30,8 @@ from toolkit.data.records import (
 )
 from toolkit.data.stdlib_corpus import collection, summary
 from toolkit.data.stdlib_names import named_code
-from toolkit.recipe import Fields, FolderSource, HubSource, RecipeError, StdlibSource
+from toolkit.files import expanded
+from toolkit.recipe import Fields, FolderSource, HubSource, RecipeError, StdlibSource, one_line, source_name
 
 PairSource = HubSource | FolderSource | StdlibSource
 
@@ -32,7 +39,8 @@ PairSource = HubSource | FolderSource | StdlibSource
 QUERIES = ("query", "anchor")  # Tevatron and FlagEmbedding; sentence-transformers
 POSITIVES = ("positive_passages", "positive", "positives", "pos")
 NEGATIVES = ("negative_passages", "negatives", "neg")
-NEGATIVE_TUPLE = re.compile(r"negative(?:_(\d+))?")  # sentence-transformers: one column for each negative
+OTHER_COLUMNS = "of other columns"  # kind of fault
+NEGATIVE_TUPLE = re.compile(r"negative(?:_(\d{1,9}))?")  # sentence-transformers: one column for each negative
 
 
 class PairRecord(NamedTuple):
@@ -44,27 +52,32 @@ class PairRecord(NamedTuple):
     weight: float  # above 0; 1.0 unless the source names a column
 
 
-def read_pairs(source: PairSource, counts: Counter[str]) -> Iterator[PairRecord]:
+def read_pairs(source: PairSource, counts: Counter[str], skipped: Skipped | None = None) -> Iterator[PairRecord]:
     """Rows of one source, in order; adds to counts["rows"], ["empty"] (no query or no positive) and ["missing"].
 
     Rows are read from format pairs, from the judged queries of format beir (which holds the whole corpus in memory;
     counts["missing"]: judged queries and documents that the folder lacks) and from the training docstrings of the
     standard library. Null is the empty text; empty positives and negatives are dropped.
 
+    Args:
+        skipped: where rows that cannot be used are counted (of format beir in any of the three files; of equal ids
+            the first stays); None: the first is an error.
+
     Raises:
-        RecipeError: for a malformed row (where, what, fix), unknown columns, missing files, no access to the hub.
+        RecipeError: for a malformed row (where, what, fix), unknown columns, files that are missing or cannot be read
+            on, no access to the hub, and a source whose rows are all faulty.
     """
     if isinstance(source, StdlibSource):
         return _stdlib_pairs(counts) if source.stdlib == "docstrings" else _stdlib_names(counts)
     if isinstance(source, FolderSource) and source.format == "beir":
-        return _beir_pairs(source, counts)
-    return _row_pairs(source, counts)
+        return _beir_pairs(source, counts, skipped)
+    return some_usable(_row_pairs(source, counts, skipped), source_name(source), skipped)
 
 
 def pair_fingerprint(source: PairSource) -> list[Any]:
     """What tells that a source has changed, without reading it: names, sizes and times of files, hub ids, a digest."""
     if isinstance(source, FolderSource):
-        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in pair_files(source)]
+        return file_states(pair_files(source))
     return ["stdlib", summary()["digest"]] if isinstance(source, StdlibSource) else fingerprint(source)
 
 
@@ -88,13 +101,13 @@ def pair_files(source: FolderSource) -> list[Path]:
     """
     if source.format != "beir":
         return source_files(source.folder)
-    folder = Path(source.folder).expanduser()
-    if not folder.is_dir():
-        raise RecipeError(f"data.sources: {source.folder} is no folder; name a folder in BEIR layout")
+    folder = expanded(source.folder)
+    if not os.path.isdir(folder):
+        raise RecipeError(f"data.sources: {one_line(source.folder)} is no folder; name a folder in BEIR layout")
     splits = beir_splits(folder)
     if source.split not in splits:
         fix = f"set split to {' or '.join(splits)}" if splits else "put the judgements there"
-        raise RecipeError(f"data.sources: {folder} has no qrels/{source.split}.tsv; {fix}")
+        raise RecipeError(one_line(f"data.sources: {folder} has no qrels/{source.split}.tsv; {fix}"))
     return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{source.split}.tsv"]
 
 
@@ -103,7 +116,8 @@ def _file_hash(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); mend the file or its rights") from None
+        at = one_line(path)
+        raise RecipeError(f"{at}: cannot be read ({error.strerror or error}); mend the file or its rights") from None
 
 
 # --------------------------------------------------------------------------- columns
@@ -142,10 +156,12 @@ def _layout(found: list[str], fields: Fields, where: str) -> Layout:
 def _the_one(key: str, known: tuple[str, ...], free: list[str], found: list[str], where: str) -> str:
     fits = [name for name in known if name in free]
     if len(fits) > 1:
-        raise RecipeError(f"{where}: columns {' and '.join(fits)} may each be the {key}; set fields.{key} to one")
+        raise RowFault(
+            OTHER_COLUMNS, f"{where}: columns {' and '.join(fits)} may each be the {key}; set fields.{key} to one"
+        )
     if not fits:
-        raise RecipeError(
-            f"{where}: no column {' or '.join(known)}; set fields.{key} to one of {', '.join(found) or 'none'}"
+        raise RowFault(
+            NO_COLUMN, f"{where}: no column {' or '.join(known)}; set fields.{key} to one of {listed(found)}"
         )
     return fits[0]
 
@@ -156,14 +172,15 @@ def _negatives(free: list[str], where: str) -> list[str]:
     fits += [[name for _, name in sorted(numbered)]] if numbered else []
     if len(fits) > 1:
         names = " and ".join(names[0] for names in fits)
-        raise RecipeError(f"{where}: columns {names} may each be the negatives; list those to read in fields.negatives")
+        line = f"{where}: columns {names} may each be the negatives; list those to read in fields.negatives"
+        raise RowFault(OTHER_COLUMNS, line)
     return fits[0] if fits else []
 
 
 # --------------------------------------------------------------------------- rows
 
 
-def _row_pairs(source: HubSource | FolderSource, counts: Counter[str]) -> Iterator[PairRecord]:
+def _row_pairs(source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None) -> Iterator[PairRecord]:
     fields = source.fields
 
     def columns(found: list[str], where: str) -> list[str]:
@@ -171,24 +188,34 @@ def _row_pairs(source: HubSource | FolderSource, counts: Counter[str]) -> Iterat
 
     first: Layout | None = None
     seen: list[str] = []
-    for where, row in read_rows(source, columns):
-        if not isinstance(row, dict):
-            raise RecipeError(f"{where}: a JSON object is needed, found {kind_of(row)}; write one object a line")
-        if first is None or list(row) != seen:
-            seen = list(row)
-            layout = _layout(seen, fields, where)
-            first = first or layout
-            if layout != first:  # else negatives would be lost without a word
-                raise RecipeError(
-                    f"{where}: columns {', '.join(layout.columns())}, but {', '.join(first.columns())} in the first "
-                    f"row; give all rows the same (null for none) or name them in fields"
-                )
-        counts["rows"] += 1
-        record = _record(row, first, fields, where)
+    for where, row in read_rows(source, columns, counts, skipped):
+        try:
+            if not isinstance(row, dict):
+                line = f"{where}: a JSON object is needed, found {kind_of(row)}; write one object a line"
+                raise RowFault("no object", line)
+            if first is None or list(row) != seen:
+                first = _same_layout(list(row), first, fields, where)
+                seen = list(row)
+            record = _record(row, first, fields, where)
+        except RowFault as fault:
+            leave_out(fault, skipped)
+            continue
         if record is None:
             counts["empty"] += 1
         else:
             yield record
+
+
+def _same_layout(found: list[str], first: Layout | None, fields: Fields, where: str) -> Layout:
+    """The layout of the first row of use; RowFault for a row with another, whose negatives would be lost."""
+    layout = _layout(found, fields, where)
+    if first is not None and layout != first:
+        raise RowFault(
+            OTHER_COLUMNS,
+            f"{where}: columns {listed(layout.columns())}, but {listed(first.columns())} in the first row; "
+            "give all rows the same (null for none) or name them in fields",
+        )
+    return layout
 
 
 def _record(row: dict[str, Any], layout: Layout, fields: Fields, where: str) -> PairRecord | None:
@@ -211,9 +238,9 @@ def _passage(value: Any, key: str, column: str, fields: Fields, where: str) -> s
         return checked_text(value, key, column, where)
     for name, setting in ((fields.text, "text"), (fields.title, "title")):
         if name is not None and name not in value:
-            raise RecipeError(
-                f"{where}: a passage of {column!r} without {name!r}; set fields.{setting} to one of "
-                f"{', '.join(value) or 'none'}"
+            raise RowFault(
+                NO_COLUMN,
+                f"{where}: a passage of {column!r} without {name!r}; set fields.{setting} to one of {listed(value)}",
             )
     text = checked_text(value[fields.text], "text", f"{column}.{fields.text}", where)
     title_name = fields.title or "title"
@@ -228,9 +255,10 @@ def _weight(value: Any, column: str, where: str) -> float:
     except OverflowError:
         weight = math.inf
     if not 1e-38 < weight < 3e38:
-        raise RecipeError(
+        raise RowFault(
+            "no weight",
             f"{where}: {column!r} holds {kind_of(value)}, a number above 0 is needed; "
-            f"set fields.weight to a column of weights"
+            f"set fields.weight to a column of weights",
         )
     return weight
 
@@ -238,11 +266,11 @@ def _weight(value: Any, column: str, where: str) -> float:
 # --------------------------------------------------------------------------- collections
 
 
-def _beir_pairs(source: FolderSource, counts: Counter[str]) -> Iterator[PairRecord]:
+def _beir_pairs(source: FolderSource, counts: Counter[str], skipped: Skipped | None) -> Iterator[PairRecord]:
     corpus, asked, judgements = pair_files(source)
-    documents, queries = read_beir_texts(corpus), read_beir_texts(asked)
+    documents, queries = read_beir_texts(corpus, skipped), read_beir_texts(asked, skipped)
     some = False
-    for query, grades in read_judgements(judgements).items():
+    for query, grades in read_judgements(judgements, skipped=skipped).items():
         counts["rows"] += 1
         counts["missing"] += sum(document not in documents for document in grades) + (query not in queries)
         texts = {name: documents[name] for name in sorted(grades) if documents.get(name)}
@@ -256,7 +284,9 @@ def _beir_pairs(source: FolderSource, counts: Counter[str]) -> Iterator[PairReco
         some = True
         yield PairRecord(queries[query], positives, negatives, 1.0)
     if not some:
-        raise RecipeError(f"{judgements}: no query has a relevant document in corpus.jsonl; their ids must agree")
+        raise RecipeError(
+            f"{one_line(judgements)}: no query has a relevant document in corpus.jsonl; their ids must agree"
+        )
 
 
 def _stdlib_pairs(counts: Counter[str]) -> Iterator[PairRecord]:

@@ -1,23 +1,27 @@
 """Sources of a recipe -> checked records, one after another in constant memory; and the type of a collection.
 
-Called by prepare (training data) and, for rows of files and of the hub, by pair_records. A malformed line is a
-RecipeError that names file, line and fix.
+Called by prepare (training data) and, for rows of files and of the hub, by pair_records. A row that cannot be used is
+a RowFault that names file, line and fix, or is left out and counted.
 """
 
-import gzip
-import json
-import zlib
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from toolkit.recipe import FolderSource, HubSource, RecipeError
+from toolkit.data.faults import RowFault, Skipped, leave_out, some_usable
+from toolkit.data.lines import numbered_lines, parsed
+from toolkit.files import expanded
+from toolkit.recipe import FolderSource, HubSource, RecipeError, one_line, source_name
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+UNREADABLE = (ValueError, OverflowError, pa.ArrowException)  # what Arrow raises for values Python cannot hold
+NO_COLUMN = "without a column"  # kind of fault
 
 
 class Record(NamedTuple):
@@ -36,31 +40,41 @@ class Collection(NamedTuple):
     qrels: dict[str, dict[str, int]]  # query id -> document id -> grade
 
 
-def read_source(source: HubSource | FolderSource, counts: Counter[str]) -> Iterator[Record]:
+def read_source(
+    source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None = None
+) -> Iterator[Record]:
     """Records of one source, in order; adds to counts["rows"] and to counts["empty"] (left out for want of text).
 
-    Raises:
-        RecipeError: for a malformed row (where, what, fix), unequal groups, missing files, no access to the hub.
-    """
+    Args:
+        skipped: where rows that cannot be used are counted; None: the first is an error.
 
+    Raises:
+        RecipeError: for a malformed row (where, what, fix), unequal groups, files that are missing or cannot be read
+            on, no access to the hub, and a source whose rows are all faulty.
+    """
+    return some_usable(_records(source, counts, skipped), source_name(source), skipped)
+
+
+def _records(source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None) -> Iterator[Record]:
     def columns(found: list[str], where: str) -> list[str]:
         _require(found, source, where)
         return _columns(source)
 
     size = None
-    for where, row in read_rows(source, columns):
-        counts["rows"] += 1
-        record = _group(row, source, where) if source.format == "groups" else _single(row, source, where)
+    for where, row in read_rows(source, columns, counts, skipped):
+        try:
+            if source.format == "groups":
+                record = _group(row, size, source, where)
+                size = size or (record and len(record.texts))
+            else:
+                record = _single(row, source, where)
+        except RowFault as fault:
+            leave_out(fault, skipped)
+            continue
         if record is None:
             counts["empty"] += 1
-            continue
-        if source.format == "groups":
-            size = size or len(record.texts)
-            if len(record.texts) != size:
-                raise RecipeError(
-                    f"{where}: a group of {len(record.texts)} texts after groups of {size}; give all the same size"
-                )
-        yield record
+        else:
+            yield record
 
 
 def check_group_sizes(sizes: dict[int, str]) -> None:
@@ -74,7 +88,18 @@ def fingerprint(source: HubSource | FolderSource) -> list[Any]:
     """What tells that a source has changed, without reading it all: names, sizes and times of files, or hub ids."""
     if isinstance(source, HubSource):
         return [source.hub, source.config, source.split]
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in source_files(source.folder)]
+    return file_states(source_files(source.folder))
+
+
+def file_states(paths: list[Path]) -> list[Any]:
+    """Name, size and time of each file; RecipeError for one that is gone."""
+    try:
+        found = [(path, path.stat()) for path in paths]
+    except OSError as error:
+        raise RecipeError(
+            f"data.sources: {one_line(error.filename)}: cannot be read ({error.strerror}); put it back, or name others"
+        ) from None
+    return [[str(path), state.st_size, state.st_mtime_ns] for path, state in found]
 
 
 # --------------------------------------------------------------------------- rows of files and of the hub
@@ -83,82 +108,101 @@ Rows = Iterator[tuple[str, Any]]  # (where, row)
 ChooseColumns = Callable[[list[str], str], list[str]]  # (columns found, where) -> those to read
 
 
-def read_rows(source: HubSource | FolderSource, columns: ChooseColumns) -> Rows:
-    """(Where, row) of every row, unchecked; of parquet and hub data only the columns chosen.
+def read_rows(
+    source: HubSource | FolderSource, columns: ChooseColumns, counts: Counter[str], skipped: Skipped | None
+) -> Rows:
+    """(Where, row) of every row, unchecked; of parquet and hub data only the columns chosen. Adds to counts["rows"].
 
     Raises:
         RecipeError: for files that are missing, damaged or no JSON (with file and line), no access to the hub.
     """
-    return _hub_rows(source, columns) if isinstance(source, HubSource) else _folder_rows(source, columns)
+    if isinstance(source, HubSource):
+        return _hub_rows(source, columns, counts)
+    return _folder_rows(source, columns, counts, skipped)
 
 
 def source_files(folder: str) -> list[Path]:
     """The data files of a folder source, sorted; of a folder in BEIR layout the corpus alone."""
-    path = Path(folder).expanduser()
-    if path.is_file() and path.name.endswith(SUFFIXES):
+    path, named = expanded(folder), one_line(folder)
+    if os.path.isfile(path) and path.name.endswith(SUFFIXES):
         return [path]
-    if not path.is_dir():
-        problem = "is no .jsonl, .jsonl.gz or .parquet file" if path.exists() else "does not exist"
-        raise RecipeError(f"data.sources: {folder} {problem}; name a folder or file of .jsonl, .jsonl.gz or .parquet")
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+    if not os.path.isdir(path):
+        problem = "is no .jsonl, .jsonl.gz or .parquet file" if os.path.exists(path) else "does not exist"
+        raise RecipeError(f"data.sources: {named} {problem}; name a folder or file of .jsonl, .jsonl.gz or .parquet")
+    try:
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+    except OSError as error:
+        raise RecipeError(f"data.sources: {named}: cannot be read ({error.strerror}); mend its rights") from None
     names = {p.name.split(".")[0] for p in files}
     if {"corpus", "queries"} <= names:
         files = [p for p in files if p.name.split(".")[0] == "corpus"]
     if not files:
-        raise RecipeError(f"data.sources: {folder} holds no .jsonl, .jsonl.gz or .parquet file; put the data there")
+        raise RecipeError(f"data.sources: {named} holds no .jsonl, .jsonl.gz or .parquet file; put the data there")
     return files
 
 
-def _folder_rows(source: FolderSource, columns: ChooseColumns) -> Rows:
+def _folder_rows(source: FolderSource, columns: ChooseColumns, counts: Counter[str], skipped: Skipped | None) -> Rows:
     for path in source_files(source.folder):
-        yield from _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path)
+        rows = _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path)
+        for where, row in rows:
+            counts["rows"] += 1
+            try:
+                yield where, row()
+            except RowFault as fault:
+                leave_out(fault, skipped)
 
 
-def _jsonl_rows(path: Path) -> Rows:
+Unread = Iterator[tuple[str, Callable[[], Any]]]  # (where, what gives the row or a RowFault)
+
+
+def _jsonl_rows(path: Path) -> Unread:
+    for number, line in numbered_lines(path):
+        where = f"{path}: line {number}"
+        yield where, partial(parsed, line, where)
+
+
+def _parquet_rows(path: Path, columns: ChooseColumns) -> Unread:
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}: line {number}", _json(line, f"{path}: line {number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RecipeError(f"{path}: line {number + 1}: damaged gzip file ({error}); copy it again") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); mend the file or its rights") from None
-
-
-def _json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{where}: byte {error.start + 1} is not UTF-8; convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
-    except RecursionError:
-        raise RecipeError(f"{where}: not JSON of use (nested too deep); write one object a line") from None
-    except ValueError:
-        raise RecipeError(f"{where}: not JSON of use (a number too long); write one object a line") from None
-
-
-def _parquet_rows(path: Path, columns: ChooseColumns) -> Rows:
-    try:
         with pq.ParquetFile(path) as file:
-            number = 0
             for batch in file.iter_batches(batch_size=1024, columns=columns(file.schema_arrow.names, str(path))):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except UNREADABLE:  # in one of them or more
+                    rows = None
+                for place in range(batch.num_rows):
                     number += 1
-                    yield f"{path}: row {number}", row
-    except pa.ArrowException as error:
-        raise RecipeError(f"{path}: not a readable parquet file ({_first_line(error)}); write it again") from None
+                    where = f"{path}: row {number}"
+                    yield (
+                        where,
+                        partial(_one_row, batch, place, where) if rows is None else partial(rows.__getitem__, place),
+                    )
+    except (*UNREADABLE, OSError, MemoryError) as error:
+        raise RecipeError(
+            f"{one_line(path)}: not a readable parquet file ({_first_line(error)}); write it again"
+        ) from None
+
+
+def _one_row(batch: pa.RecordBatch, place: int, where: str) -> Any:
+    try:
+        return batch.slice(place, 1).to_pylist()[0]
     except UnicodeDecodeError:
-        raise RecipeError(f"{path}: holds text that is not UTF-8; write it again as UTF-8") from None
+        raise RowFault("not UTF-8", f"{where}: holds text that is not UTF-8; write it again as UTF-8") from None
+    except UNREADABLE as error:  # such as a date after the year 9999
+        raise RowFault("not readable", f"{where}: cannot be read ({_first_line(error)}); write it again") from None
 
 
-def _hub_rows(source: HubSource, columns: ChooseColumns) -> Rows:
+def _hub_rows(source: HubSource, columns: ChooseColumns, counts: Counter[str]) -> Rows:
     dataset = hub_dataset(source)
     chosen = columns(dataset.column_names, f"dataset {source.hub}")
-    for number, row in enumerate(dataset.select_columns(chosen), start=1):
-        yield f"dataset {source.hub}: row {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(dataset.select_columns(chosen), start=1):
+            counts["rows"] += 1
+            yield f"dataset {source.hub}: row {number}", row
+    except (*UNREADABLE, OSError) as error:
+        place = one_line(f"dataset {source.hub}: row {number + 1}")
+        raise RecipeError(f"{place}: cannot be read ({_first_line(error)}); fetch the dataset again") from None
 
 
 def hub_dataset(source: HubSource) -> Any:
@@ -186,11 +230,11 @@ def load_from_hub(source: HubSource, load: Callable[..., Any]) -> Any:
             fix = f"the hub cannot be reached ({text}); connect to the network, {local}"
         else:
             fix = f"cannot be loaded ({text}); mend id, config or split, {local}"
-        raise RecipeError(f"{place}: {fix}") from None
+        raise RecipeError(one_line(f"{place}: {fix}")) from None
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:300])
 
 
 # --------------------------------------------------------------------------- one row
@@ -210,16 +254,23 @@ def _require(found: list[str], source: HubSource | FolderSource, where: str) -> 
             raise no_column(name, key, found, where)
 
 
-def no_column(name: str, key: str, found: list[str], where: str) -> RecipeError:
+def no_column(name: str, key: str, found: list[str], where: str) -> RowFault:
     """The error for a column that the recipe names as fields.<key> and the data lacks."""
-    return RecipeError(f"{where}: no column {name!r}; set fields.{key} to one of {', '.join(found) or 'none'}")
+    return RowFault(NO_COLUMN, f"{where}: no column {name!r}; set fields.{key} to one of {listed(found)}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first ten of some names for an error, however many and however long they are."""
+    names = list(names)
+    more = [f"{len(names) - 10:,} more"] if len(names) > 10 else []
+    return ", ".join([*(one_line(name, 40) for name in names[:10]), *more]) or "none"
 
 
 def _single(row: Any, source: FolderSource | HubSource, where: str) -> Record | None:
     fields = source.fields
     if not isinstance(row, dict):
         hint = '; set format to "groups"' if isinstance(row, list) else "; write one object a line"
-        raise RecipeError(f"{where}: a JSON object is needed, found {kind_of(row)}{hint}")
+        raise RowFault("no object", f"{where}: a JSON object is needed, found {kind_of(row)}{hint}")
     _require(list(row), source, where)
     text = checked_text(row[fields.text], "text", fields.text, where)
     title = "" if fields.title is None else checked_text(row[fields.title], "title", fields.title, where)
@@ -227,22 +278,31 @@ def _single(row: Any, source: FolderSource | HubSource, where: str) -> Record | 
     if source.format == "passages" and fields.document is not None:
         document = row[fields.document]
         if not isinstance(document, str | int) or isinstance(document, bool):
-            raise RecipeError(
-                f"{where}: column {fields.document!r} holds {kind_of(document)}; set fields.document to a column of ids"
+            raise RowFault(
+                "no id",
+                f"{where}: column {fields.document!r} holds {kind_of(document)}; set fields.document to one of ids",
             )
     if not text.strip():
         return None
     return Record([with_title(title, text)], None if document is None else str(document))
 
 
-def _group(row: Any, source: FolderSource | HubSource, where: str) -> Record | None:
+def _group(row: Any, size: int | None, source: FolderSource | HubSource, where: str) -> Record | None:
     if isinstance(row, dict):
         _require(list(row), source, where)
         row = row[source.fields.text]
     if not isinstance(row, list) or not row:
-        raise RecipeError(f"{where}: a group is a list of texts, found {kind_of(row)}; set fields.text or format")
+        raise RowFault(
+            "no group", f"{where}: a group is a list of texts, found {kind_of(row)}; set fields.text or format"
+        )
     texts = [checked_text(text, "text", f"text {number}", where) for number, text in enumerate(row, start=1)]
-    return Record(texts, None) if all(text.strip() for text in texts) else None
+    if not all(text.strip() for text in texts):
+        return None
+    if size is not None and len(texts) != size:
+        raise RowFault(
+            "of another size", f"{where}: a group of {len(texts)} texts after groups of {size}; give all the same size"
+        )
+    return Record(texts, None)
 
 
 def with_title(title: str, text: str) -> str:
@@ -251,25 +311,26 @@ def with_title(title: str, text: str) -> str:
 
 
 def checked_text(value: Any, key: str, name: str, where: str) -> str:
-    """A string as it is, null as the empty text; RecipeError for any other value, telling to mend fields.<key>."""
+    """A string as it is, null as the empty text; RowFault for any other value, telling to mend fields.<key>."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RecipeError(
-            f"{where}: {name!r} holds {kind_of(value)}, text is needed; set fields.{key} to a column of text"
+        raise RowFault(
+            "not text",
+            f"{where}: {name!r} holds {kind_of(value)}, text is needed; set fields.{key} to a column of text",
         )
     check_encodable(value, name, where)
     return value
 
 
 def check_encodable(text: str, name: str, where: str) -> None:
-    """RecipeError for text that cannot be UTF-8."""
+    """RowFault for text that cannot be UTF-8."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RecipeError(
-                f"{where}: {name!r} holds half a surrogate pair (\\ud800 to \\udfff); mend the text"
+            raise RowFault(
+                "not Unicode", f"{where}: {name!r} holds half a surrogate pair (\\ud800 to \\udfff); mend the text"
             ) from None
 
 
@@ -280,5 +341,7 @@ def kind_of(value: Any) -> str:
     return (
         "an empty list"
         if empty
-        else names.get(type(value), f"the number {value}" if isinstance(value, int | float) else type(value).__name__)
+        else names.get(
+            type(value), f"the number {one_line(value, 40)}" if isinstance(value, int | float) else type(value).__name__
+        )
     )

@@ -40,21 +40,25 @@ def cut(text: str, unit: Literal["sentences", "lines"], max_words: int) -> list[
     a letter or digit are left out. Sentences end at marks before a capital and at empty lines, by a rule without data.
     """
     passages: list[str] = []
-    held, words = "", 0
+    held: list[str] = []
+    words = 0
     for piece in _pieces(text, unit, max_words):
         count = len(piece.split())
         if words + count > max_words:
-            passages.append(held)
-            held, words = "", 0
-        held, words = held + piece, words + count
-    passages.append(held)
+            passages.append("".join(held))
+            held, words = [], 0
+        held.append(piece)
+        words += count
+    passages.append("".join(held))
     trim = str.strip if unit == "sentences" else _trim_lines
     return [trim(passage) for passage in passages if re.search(r"[^\W_]", passage)]
 
 
 def _trim_lines(passage: str) -> str:
     """Without empty lines around it; the first line keeps its indent."""
-    return re.sub(r"\A(?:[^\S\n]*\n)+|\s+\Z", "", passage)
+    kept = passage.rstrip()
+    before = len(kept) - len(kept.lstrip())  # its last line end is where the empty lines end
+    return kept[kept.rfind("\n", 0, before) + 1 :]
 
 
 def _pieces(text: str, unit: str, max_words: int) -> Iterator[str]:
