@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from toolkit.last_words import SECONDS_TO_SPEAK, end, end_at_signals, is_first_rank, is_told_by_another, say
+from toolkit.mpi import adopt_mpi_ranks
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -32,6 +33,7 @@ def main() -> int:
     """Exit code 0; 2 after one line per problem the user can mend; 3 where eval.stop_if_worse stopped the run."""
     arguments = parse_arguments()
     try:
+        adopt_mpi_ranks()
         recipe = load_recipe(arguments.recipe, tuple(arguments.set))
         if arguments.stage is not None and not 0 <= arguments.stage < len(recipe.stages):
             raise RecipeError(f"--stage {arguments.stage}: the recipe has stages 0 to {len(recipe.stages) - 1}")

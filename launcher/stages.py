@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from launcher.preflight import compare_ranks
 from launcher.starts import (
     bm25_is_scored,
     evaluate_start,
@@ -45,6 +46,7 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     from toolkit.training.process_group import start_distributed
 
     device = start_distributed()
+    compare_ranks(recipe, run)
     on_rank_zero(lambda: check_ahead(recipe, world_size()))
     on_rank_zero(lambda: open_run(recipe, run))
     recipe = with_suites(recipe)

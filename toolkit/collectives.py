@@ -79,6 +79,17 @@ def first_of_any_rank(text: str) -> str:
     return _broadcast_text(text if int(speakers[0]) == rank() else None, int(speakers[0])) if len(speakers) else ""
 
 
+def gather_texts(text: str) -> list[str]:
+    """The text of every rank, in rank order, as bytes (no pickle); the same on every rank."""
+    if not is_distributed():
+        return [text]
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = gather(torch.tensor([len(data)], device=group_device())).tolist()
+    padded = torch.nn.functional.pad(data, (0, max(sizes) - len(data)))
+    rows = gather(padded[None].to(group_device())).tolist()
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
 def group_device() -> torch.device:
     """Where tensors must live to travel between ranks."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
