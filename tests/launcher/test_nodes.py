@@ -72,6 +72,7 @@ def resumed(nodes: Nodes, recipe: Path) -> Path:
     run = nodes.folder / "pdsh"
     code, said = finish(pdsh_command(nodes, recipe, run), nodes, run, kill_after=5)
     assert code != 0 and 5 <= len(rows(run)) < STEPS, said[-4000:]
+    (nodes.folder / "logs").mkdir()  # or both nodes would make it, one in vain
     logs = ("--enable_each_rank_log", str(nodes.folder / "logs"))
     code, said = finish(pdsh_command(nodes, recipe, run, *logs), nodes, run)
     assert code == 0, said[-4000:]
