@@ -8,7 +8,16 @@ import os
 import time
 from pathlib import Path
 
-from toolkit.last_words import SECONDS_TO_SPEAK, end, end_at_signals, is_first_rank, is_told_by_another, say
+from toolkit.last_words import (
+    SECONDS_TO_SPEAK,
+    STOPPED,
+    Interrupted,
+    end,
+    end_at_signals,
+    is_first_rank,
+    is_told_by_another,
+    say,
+)
 from toolkit.mpi import adopt_mpi_ranks
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
@@ -18,7 +27,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="deepspeed launcher/run.py",
         description="Train, export and evaluate a recipe.",
         epilog="Exit code: 0; 2 for a mistake that the message names; 3 if eval.stop_if_worse stopped the run after a "
-        "stage (export, scores and report are written).",
+        "stage (export, scores and report are written); 4 after SIGTERM or SIGUSR1, when what can be saved is saved; 5 "
+        "if a rank died, stood still or went another way. After 4 and 5 the same command goes on.",
     )
     parser.add_argument("recipe", type=Path, help="a recipe (JSON)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a recipe key")
@@ -30,7 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code 0; 2 after one line per problem the user can mend; 3 where eval.stop_if_worse stopped the run."""
+    """The exit code, as --help says."""
     arguments = parse_arguments()
     try:
         adopt_mpi_ranks()
@@ -65,12 +75,13 @@ def _run(recipe: Recipe, run: Path, only: int | None) -> int:
     from launcher.stages import run_stages
     from launcher.stop import Stopped
     from toolkit.collectives import RankZeroFailed
+    from toolkit.watch import LOST, Diverged
 
     try:
         run_stages(recipe, run, only)
-    except Stopped as stopped:
-        say(str(stopped))
-        return 3
+    except (Stopped, Interrupted, Diverged) as ended:
+        say(str(ended))
+        return {Stopped: 3, Interrupted: STOPPED, Diverged: LOST}[type(ended)]
     except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
         time.sleep(SECONDS_TO_SPEAK)
         return 2

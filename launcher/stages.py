@@ -31,6 +31,7 @@ from toolkit.collectives import on_rank_zero, world_size
 from toolkit.files import replace_text
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
+from toolkit.watch import Watch
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
 PACKAGES += ("pytrec-eval-terrier", "scipy", "numpy")
@@ -42,11 +43,17 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     Raises:
         RecipeError: for anything the user can mend; RankZeroFailed on the other ranks where rank 0 says why.
         Stopped: on all ranks, after the report, if a stage is worse than its eval.stop_if_worse allows.
+        Interrupted, Diverged: as train_stage.
     """
     from toolkit.training.process_group import start_distributed
 
     device = start_distributed()
     compare_ranks(recipe, run)
+    with Watch() as watch:
+        _run_stages(recipe, run, only, device, watch)
+
+
+def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.device, watch: Watch) -> None:
     on_rank_zero(lambda: check_ahead(recipe, world_size()))
     on_rank_zero(lambda: open_run(recipe, run))
     recipe = with_suites(recipe)
@@ -64,7 +71,7 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
         if first is not None:
             with mendable(f"stage {first} {recipe.stages[first].name}: start"):
                 evaluate_start(recipe, first, run, device)
-        run_stage(recipe, index, run, device)
+        run_stage(recipe, index, run, device, watch)
     else:
         reason = stop_after(recipe, indices[-1], run)
     with mendable("report"):
@@ -88,7 +95,7 @@ def check_order(recipe: Recipe, index: int, run: Path) -> None:
         raise RecipeError(f"stage {index} {name}: the stage before it is not finished; run that first")
 
 
-def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> None:
+def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device, watch: Watch) -> None:
     """Train, export and evaluate one stage, unless that is done."""
     from eval.suites import data_state
     from toolkit.training.loop import stage_folder, train_stage
@@ -98,7 +105,7 @@ def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> No
         on_rank_zero(lambda: print(f"stage {index} {stage.name}: finished in {folder}; skipped", flush=True))
         return
     with mendable(f"stage {index} {stage.name}"):
-        result = train_stage(recipe, index, run, device)
+        result = train_stage(recipe, index, run, device, watch)
         data = on_rank_zero(lambda: data_state(stage.eval.suites))
         scores = evaluate_export(recipe, index, run, device)
         on_rank_zero(lambda: finish(folder, result._asdict() | {"scores": scores, "data": data}))
@@ -168,6 +175,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
             old, new = ({**raw, "stages": raw["stages"][:count]} for raw in (old, new))
             for stage in (*old["stages"], *new["stages"]):
                 stage["eval"].pop("stop_if_worse", None)  # decides what comes after the stage, which may be changed
+                stage.pop("guard", None)  # changes no result
             different = _first_difference(old, new)
             if different:
                 raise RecipeError(f"{run}: was made by a different recipe ({different}); choose another --output")

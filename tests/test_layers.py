@@ -39,6 +39,7 @@ OURS = {
     "toolkit.prepare_negatives": ABOVE_MODELS
     | {"toolkit.prepare", "toolkit.prepare_pairs", "toolkit.prepare_sources", "toolkit.mining", "toolkit.export"},
     "toolkit.last_words": set(),
+    "toolkit.watch": {"toolkit.last_words", "toolkit.collectives", "toolkit.slicing"},
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS
     | {"eval", "toolkit.command", "toolkit.last_words", "toolkit.prepare"}

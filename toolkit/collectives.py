@@ -80,14 +80,13 @@ def first_of_any_rank(text: str) -> str:
 
 
 def gather_texts(text: str) -> list[str]:
-    """The text of every rank, in rank order, as bytes (no pickle); the same on every rank."""
+    """A text of every rank, in rank order, on every rank."""
     if not is_distributed():
         return [text]
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=group_device())
     sizes = gather(torch.tensor([len(data)], device=group_device())).tolist()
-    padded = torch.nn.functional.pad(data, (0, max(sizes) - len(data)))
-    rows = gather(padded[None].to(group_device())).tolist()
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    rows = gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data)))[None])
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def group_device() -> torch.device:

@@ -1,6 +1,6 @@
-"""What ends a run is said once: by rank 0, or by the one rank that knows it. Called by the command lines.
+"""What ends a run is said once: by rank 0, or by the one rank that knows it; and what signals do to it.
 
-torch is imported only to ask another rank: mistakes in a recipe are answered before.
+Called by the command lines. torch is imported only to ask another rank: mistakes in a recipe are answered before.
 """
 
 import os
@@ -9,6 +9,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -16,7 +18,16 @@ WAIT_SECONDS = 20
 """How long a rank waits for rank 0 to meet the same problem before it speaks itself."""
 SECONDS_TO_SPEAK = 3
 """How long the other ranks stay when rank 0 is about to say what ends the run: its launcher ends it when they end."""
-_KEY, _OTHER_KEY, _PAUSE = "last words of rank 0", "last words of another rank", 0.2
+STOPPED = 4
+"""Exit code after SIGTERM or SIGUSR1: what can be saved is saved, and the same command goes on."""
+OTHER_KEY = "last words of another rank"
+_KEY, _PAUSE = "last words of rank 0", 0.2
+_asked: list[int] = []  # the signals that wait for the end of a step
+_in_steps = threading.Event()
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved where it is; says so in one line."""
 
 
 def is_first_rank() -> bool:
@@ -31,11 +42,11 @@ def say(problem: str) -> None:
     exit code 2: the launcher then ends the others, who may wait for it in a collective and say nothing for hours.
     """
     if is_first_rank():
-        _tell(problem)
-        if store := _store_of_first_rank(0):
+        tell(problem)
+        if store := store_of_first_rank(0):
             store.set(_KEY, problem)
             time.sleep(5 * _PAUSE)  # the store ends with this process: the others look first
-    elif store := _store_of_first_rank(WAIT_SECONDS):
+    elif store := store_of_first_rank(WAIT_SECONDS):
         _tell_alone(problem, store)
 
 
@@ -50,8 +61,8 @@ def _tell_alone(problem: str, store: Any) -> None:
         if store.check([_KEY]) and store.get(_KEY).decode() == problem:
             return
         if store.add(problem, 1) == 1:
-            _tell("\n".join(f"rank {os.environ['RANK']}: {line}" for line in problem.splitlines()))
-        store.set(_OTHER_KEY, "")
+            tell("\n".join(f"rank {os.environ['RANK']}: {line}" for line in problem.splitlines()))
+        store.set(OTHER_KEY, "")
     except DistError:
         return
     os._exit(2)  # taking the process group down may need the others
@@ -70,7 +81,7 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     sys.stderr.write(text + "\n")  # at one go: other processes write to the same terminal
     sys.stderr.flush()
 
@@ -80,13 +91,13 @@ def is_told_by_another() -> bool:
     from torch.distributed import DistError
 
     try:
-        store = _store_of_first_rank(0)
-        return store is not None and store.check([_OTHER_KEY])
+        store = store_of_first_rank(0)
+        return store is not None and store.check([OTHER_KEY])
     except DistError:
         return False
 
 
-def _store_of_first_rank(seconds: float) -> Any:
+def store_of_first_rank(seconds: float) -> Any:
     """A client of the store in which the ranks found each other; None if it is not there within so many seconds."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not address or not port:
@@ -114,7 +125,8 @@ def _listens(address: str, port: int) -> bool:
 
 
 def end_at_signals() -> None:
-    """From now on SIGINT and SIGTERM end the process at once (exit code 128 + number); after Ctrl-C rank 0 says so.
+    """From now on signals end the process: SIGINT at once (exit code 130), SIGTERM and SIGUSR1 with code STOPPED, at
+    once too or, within `steps`, when the step is done and saved.
 
     A thread does it, since the main thread may be waiting for another rank, and since the deepspeed launcher sends
     SIGTERM right behind a Ctrl-C. What was being written counts as unwritten, as after any crash.
@@ -122,13 +134,33 @@ def end_at_signals() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)  # in the main thread; the number has gone down the pipe before
-    threading.Thread(target=_end_at_first, args=(reading,), name="signals", daemon=True).start()
+    threading.Thread(target=_obey, args=(reading,), name="signals", daemon=True).start()
 
 
-def _end_at_first(reading: int) -> None:
-    number = os.read(reading, 1)[0]
-    if number == signal.SIGINT and is_first_rank():
-        _tell("\ninterrupted; the same command goes on from the last checkpoint, if there is one")
-    os._exit(128 + number)
+@contextmanager
+def steps() -> Iterator[Callable[[], bool]]:
+    """The steps of a stage: until it ends, SIGTERM and SIGUSR1 only make the function that it gives true."""
+    _in_steps.set()
+    try:
+        yield lambda: bool(_asked)
+    finally:
+        _in_steps.clear()
+    if _asked:  # after the last step, which is saved
+        _end_at(_asked[0])
+
+
+def _obey(reading: int) -> None:
+    while True:
+        number = os.read(reading, 1)[0]
+        if number == signal.SIGINT or not _in_steps.is_set():
+            _end_at(number)
+        _asked.append(number)
+
+
+def _end_at(number: int) -> NoReturn:
+    if is_first_rank():
+        name = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        tell(f"\n{name}; the same command goes on from the last checkpoint, if there is one")
+    os._exit(128 + number if number == signal.SIGINT else STOPPED)

@@ -530,6 +530,24 @@ class Save(Section):
     keep: Positive = Field(description="Newest checkpoints kept.")
 
 
+class Guard(Section):
+    """What ends a stage that has gone wrong; never changes the result of one that has not."""
+
+    stall_minutes: Annotated[float, Field(gt=0)] = Field(
+        10.0,
+        description="The run ends if a rank makes no progress for so long (the first step, saves, export and "
+        "evaluation are not counted).",
+    )
+    compare_weights_every: Positive = Field(
+        100, description="Steps between comparisons of the weights that ranks hold in common (ZeRO 0 to 2)."
+    )
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite changes no weight, and its rows are written down; then the "
+        "run stops, or goes on and counts (skipped_steps).",
+    )
+
+
 class StopIfWorse(Section):
     """The run stops after the stage, exit code 3, if it is worse than another system on any collection of its suites.
 
@@ -598,6 +616,7 @@ class Stage(Section):
     activation_checkpointing: bool = Field(False, description="Recompute every layer in the backward pass.")
     zero: Zero
     save: Save
+    guard: Guard = Guard()  # pyright: ignore[reportCallIssue]
     eval: Eval
     export: Export
 
@@ -611,7 +630,10 @@ class Recipe(Section):
     def digest(self, last: int | None = None) -> str:
         """16 hex digits of what decides the weights after stage `last` (all stages if None): seed and stages."""
         stages = self.stages if last is None else self.stages[: last + 1]
-        kept = [stage.model_dump(mode="json", exclude={"description", "eval", "save", "export"}) for stage in stages]
+        kept = [
+            stage.model_dump(mode="json", exclude={"description", "eval", "save", "guard", "export"})
+            for stage in stages
+        ]
         return hashlib.sha256(json.dumps([self.seed, kept]).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:

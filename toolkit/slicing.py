@@ -18,6 +18,10 @@ from toolkit.data.tokens import Tokens
 ENOUGH_OF_BUDGET, SHORT_ROW = 0.25, 0.8
 
 
+slices_run = 0
+"""Slices that this process has run forward, by which ranks that should run as many can be compared."""
+
+
 class Slices(NamedTuple):
     """Which rows run together; `rows` None: all at once, their activations kept."""
 
@@ -99,6 +103,8 @@ def in_slices(fn: Callable[..., Any], slices: Slices, *inputs: Any) -> Any:
     counts = {len(t) for x in inputs for t in (x if isinstance(x, tuple) else (x,))}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"in_slices needs inputs with one common, positive number of rows; found {sorted(counts)}")
+    global slices_run
+    slices_run += 1 if slices.rows is None else len(slices.rows)
     if slices.rows is None:
         return fn(*inputs)
     outputs = []

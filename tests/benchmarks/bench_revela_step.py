@@ -1,6 +1,7 @@
 """A whole Revela step at growing pools over several ranks, beside that at the smallest; prints one table. Not a test.
 
 PYTHONPATH=tests python tests/benchmarks/bench_revela_step.py [--pools 16,32,64,128,256,512] [--temperatures 1e-4,0.05]
+    [--layers 4]
 
 The engine of a training run (ZeRO 1), small Llamas with LoRA, passages of the embedded corpus. Every cell runs in fresh
 processes: a warm-up step on half the smallest pool, then whole steps, whose CPU seconds and peak memory count.
@@ -43,7 +44,6 @@ SHAPE = {
     "tokenizer": {"vocab_size": VOCABULARY},
     "hidden_size": 256,
     "intermediate_size": 704,
-    "layers": 4,
     "heads": 4,
     "kv_heads": 2,
     "max_tokens": 512,
@@ -59,7 +59,7 @@ LOGGED = {
 }
 
 
-def save_models(folder: Path) -> None:
+def save_models(folder: Path, layers: int) -> None:
     """The passages, a retriever and a language model, below `folder`.
 
     The retriever starts as its embeddings alone, so that its similarities are those of texts with more or fewer words
@@ -71,7 +71,7 @@ def save_models(folder: Path) -> None:
     texts, documents = zip(*passages, strict=True)
     tokenizer = train_tokenizer(BuildTokenizer(vocab_size=VOCABULARY, pieces="text"), iter(texts))
     vocabulary = tokenizer.get_vocab()
-    config = llama_config(SHAPE, vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
+    config = llama_config(SHAPE | {"layers": layers}, vocabulary[BOS], vocabulary[EOS], vocabulary[EOS])
     for seed, name in enumerate(("retriever", "language_model")):
         build_llama(config, seed, name == "retriever").save_pretrained(folder / name)  # pyright: ignore
         tokenizer.save_pretrained(folder / name)
@@ -152,23 +152,24 @@ def main() -> None:
     parser.add_argument("--pools", default="16,32,64,128,256,512")
     parser.add_argument("--temperatures", default="1e-4,0.05")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4, help="of both models; time follows the pairs of every layer")
     parser.add_argument("--forward-tokens", type=int, help="of a slice; default: a rank's share of the smallest pool")
     parser.add_argument("--objective", type=json.loads, default={}, help="JSON: further keys of the recipe's objective")
     args = parser.parse_args()
     pools = [int(pool) for pool in args.pools.split(",")]
     forward_tokens = args.forward_tokens or min(pools) // args.ranks * MAX_TOKENS
     print(
-        f"{args.ranks} ranks, ZeRO 1, fp32, span world; retriever and language model of 4 layers, 256 wide, LoRA; "
-        f"passages of at most {WORDS} words and {MAX_TOKENS} tokens; slices of {forward_tokens} tokens\n"
-        f"CPU seconds of all ranks; peak memory beyond the model of the rank that needs most, and of all ranks a "
-        f"passage; entropy of the weights in nats; kept, dropped, sent: as the step logs them, - if it does not; "
+        f"{args.ranks} ranks, ZeRO 1, fp32, span world; retriever and language model of {args.layers} layers, "
+        f"256 wide, LoRA; passages of at most {WORDS} words and {MAX_TOKENS} tokens; slices of {forward_tokens} "
+        f"tokens\nCPU seconds of all ranks; peak memory beyond the model of the rank that needs most, and of all ranks "
+        f"a passage; entropy of the weights in nats; kept, dropped, sent: as the step logs them, - if it does not; "
         f"gather: MiB a rank would send if every rank got all real tokens, by a gather or in a ring\n"
         f"{'pool':<6}{'temperature':>11}{'tokens':>8}{'s/passage':>11}{'ratio':>7}{'MiB/rank':>10}{'MiB/passage':>13}"
         f"{'ratio':>7}{''.join(f'{head:>10}' for head, _ in LOGGED.values())}{'gather':>9}"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_models(folder)
+        save_models(folder, args.layers)
         first: dict[float, list[float]] = {}
         for pool in pools:
             for temperature in map(float, args.temperatures.split(",")):
@@ -180,6 +181,7 @@ def main() -> None:
                 }
                 (folder / "cell.json").write_text(json.dumps(cell))
                 found = measured(folder, args.ranks)
+                found["gather"] = gathered_mib(found, args.layers)
                 costs = [found["seconds"] / pool, sum(found["mib"]) / pool]
                 print(row(pool, temperature, found, costs, first.setdefault(temperature, costs)), flush=True)
 
@@ -201,15 +203,15 @@ def row(pool: int, temperature: float, found: dict[str, Any], costs: list[float]
     )
     return (
         f"{pool:<6}{temperature:>11g}{found['tokens'] / pool:>8.1f}{seconds:>11.3f}{seconds / first[0]:>7.2f}"
-        f"{max(found['mib']):>10.0f}{mib:>13.2f}{mib / first[1]:>7.2f}{columns}{gathered_mib(found):>9.1f}"
+        f"{max(found['mib']):>10.0f}{mib:>13.2f}{mib / first[1]:>7.2f}{columns}{found['gather']:>9.1f}"
     )
 
 
-def gathered_mib(found: dict[str, Any]) -> float:
+def gathered_mib(found: dict[str, Any], layers: int) -> float:
     """Keys and values of a rank's tokens in all layers, fp32, to every other rank, and as much back as gradients."""
     width = SHAPE["hidden_size"] // SHAPE["heads"] * SHAPE["kv_heads"]
     ranks = len(found["mib"])
-    return found["tokens"] / ranks * (ranks - 1) * SHAPE["layers"] * 2 * width * 4 * 2 / MIB
+    return found["tokens"] / ranks * (ranks - 1) * layers * 2 * width * 4 * 2 / MIB
 
 
 def answer(folder: Path) -> None:

@@ -226,7 +226,7 @@ def test_extra_state_comes_back(folder: Path) -> None:
     objective, fresh = (build(folder, "recontriever", batch__pools_per_step=1) for _ in range(2))
     objective(random_crops(1, 8, 3)[0])
     next(objective.encoder.parameters()).data += 0.1
-    objective.after_step()
+    objective.after_step(True)
     state = objective.extra_state()
     assert int(state["queue.pointer"]) == 24
     assert any(not torch.equal(tensor, state[name]) for name, tensor in fresh.extra_state().items())
@@ -267,7 +267,7 @@ def test_five_optimizer_steps_equal_the_plain_loop(tmp_path: Path, smoothing: fl
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        objective.after_step()
+        objective.after_step(True)
         with torch.no_grad():
             for k, q in zip(key_encoder.parameters(), query_encoder.parameters(), strict=True):
                 k.mul_(0.9).add_(q, alpha=0.1)

@@ -164,17 +164,17 @@ def test_a_decay_starts_at_start_and_ends_at_end(folder: Path) -> None:
         assert math.isclose(logged(objective, similarity, "temperature"), tau, rel_tol=1e-6)
         w, constant = (weights_of(o, similarity) for o in (objective, build(folder, objective__temperature=tau)))
         assert torch.equal(w, constant)
-        objective.after_step()
+        objective.after_step(True)
     assert not torch.allclose(weights_of(decaying(folder, 5), similarity), w)
 
 
 def test_the_step_of_a_decay_is_kept_and_a_constant_keeps_nothing(folder: Path) -> None:
     trained, again = decaying(folder, 7), decaying(folder, 7)
     for _ in range(3):
-        trained.after_step()
+        trained.after_step(True)
     again.load_extra_state(trained.extra_state())
     assert again.temperature == trained.temperature != decaying(folder, 7).temperature
     constant = build(folder)
     for _ in range(3):
-        constant.after_step()
+        constant.after_step(True)
     assert constant.extra_state() == {} and constant.temperature == 0.05

@@ -105,7 +105,7 @@ def test_relevance_aware_step(case: str) -> None:
     negative, pairs = loss.parts["negative_weights"]
     assert (int(negative), int(pairs)) == ((expected["weights"] < 0).sum(), DOCUMENTS * VIEWS)
     assert gap(loss.parts["std_key"][0], expected["stdk"]) < BOUND
-    made.after_step()
+    made.after_step(True)
     assert made.queue is not None
     assert gap(made.queue.keys.T, expected["queue_after"]) < BOUND
     assert made.queue.pointer == int(expected["queue_ptr_after"][0])
@@ -136,7 +136,7 @@ def test_moco_is_a_setting() -> None:
     loss, gradient = step(made, 1)
     assert gap(loss.total.detach(), expected["loss"]) < BOUND
     assert gap(gradient, expected["grad_q_table"]) < BOUND
-    made.after_step()
+    made.after_step(True)
     assert made.queue is not None and gap(made.queue.keys.T, expected["queue_after"]) < BOUND
 
 
@@ -148,7 +148,7 @@ def test_the_queue_wraps_around() -> None:
     for _ in range(3):
         step(made, VIEWS)
         pointers.append(made.queue.pointer)
-        made.after_step()
+        made.after_step(True)
     assert pointers == [0, 12, 0] and made.queue.pointer == 12
 
 

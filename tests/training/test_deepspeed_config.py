@@ -21,7 +21,7 @@ def test_every_key_of_a_plain_stage() -> None:
             },
         },
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "prescale_gradients": False,

@@ -1,90 +1,123 @@
 """Worker: steps after a checkpoint against the same steps without a stop, case by case. Request and answer are JSON."""
 
-import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import random_pools, revela_stage
+from safetensors.torch import load_file, save_file
+from tiny import random_crops, random_pools, revela_stage, stage_of
 
-from toolkit.collectives import rank, world_size
+from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.last_words import end
 from toolkit.recipe import Stage
+from toolkit.training import checkpoint
 from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
 from toolkit.training.engine import build_engine, gather_trainable, train_step
 from toolkit.training.process_group import start_distributed
+from toolkit.training.shares import WEIGHT
 
 CPU = torch.device("cpu")
-SEED, SAVED, LAST, FORWARDS = 3, 2, 4, 2
+SEED, SAVED, LAST, POOLS = 3, 2, 4, 4
+Write = Callable[[str, torch.Tensor], None]
 
 
-def forget_optimizer(engine: Any) -> None:
-    """Weights alone are loaded: Adam begins anew."""
-    engine.load_checkpoint = functools.partial(engine.load_checkpoint, load_optimizer_states=False)
+def forget_optimizer(write: Write) -> Write:
+    """Adam's moments stay zero."""
+    return lambda key, value: write(key, value) if key == WEIGHT else None
 
 
-def forget_masters(engine: Any) -> None:
+def forget_masters(write: Write) -> Write:
     """The fp32 weights of the optimizer are made from the rounded ones."""
-    engine.zero_load_from_fp32_weights = lambda: False
+    return lambda key, value: write(key, value.bfloat16().float() if key == WEIGHT else value)
 
 
-def forget_step(engine: Any) -> None:
-    """A decaying temperature begins anew."""
-    engine.module.load_extra_state = lambda state: None
+def forget_extra(_: Any) -> None:
+    """What the objective keeps besides its weights begins anew."""
 
 
-CONTROLS = {"forget_optimizer": forget_optimizer, "forget_masters": forget_masters, "forget_step": forget_step}
+WRITES: dict[str | None, Callable[[Write], Write]] = {
+    "forget_optimizer": forget_optimizer,
+    "forget_masters": forget_masters,
+}
 
 
 def take_steps(engine: Any, stage: Stage, first: int, last: int) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """Loss and gradient norm of each step, and the trainable weights after the last (on rank 0)."""
     values = []
     for step in range(first, last):
-        pools = random_pools(FORWARDS * world_size(), stage.batch.pool, seed=step)
-        got = train_step(engine, stage, pools[rank() :: world_size()], step, SEED, 0.0, CPU)
+        if stage.objective.name == "revela":
+            pools = random_pools(POOLS, stage.batch.pool, seed=step)
+        else:
+            pools = random_crops(POOLS, stage.batch.pool, 3, seed=step)
+        own = pools[rank() * len(pools) // world_size() : (rank() + 1) * len(pools) // world_size()]
+        got = train_step(engine, stage, own, step, SEED, 0.0, CPU)
         values.append([got["loss"], got["grad_norm"]])
     return values, gather_trainable(engine.module, stage.zero.stage)
 
 
-def run_case(case: dict[str, Any], folders: dict[str, str], checkpoints: Path) -> dict[str, Any]:
-    """What a run without a stop and a resumed one give, and how many weight arrays of them are not equal."""
+def load(engine: Any, folder: Path, fresh: RunState, control: str | None) -> RunState:
+    """load_newest, which forgets what the control says."""
+    pieces, change = checkpoint.pieces, WRITES.get(control, lambda write: write)
+    checkpoint.pieces = lambda engine: (piece._replace(write=change(piece.write)) for piece in pieces(engine))
+    if control == "forget_extra":
+        engine.module.load_extra_state = forget_extra
+    try:
+        return load_newest(engine, folder, fresh)
+    finally:
+        checkpoint.pieces = pieces
+
+
+def run_case(case: dict[str, Any], folders: dict[str, str], checkpoints: Path, save: bool) -> dict[str, Any]:
+    """What a run without a stop and a resumed one give, and how many weight arrays of them are not equal.
+
+    Without `save` the checkpoint of an earlier launch is taken up, and there is no run without a stop.
+    """
     changes = {"optim__lr": 1e-2, "optim__clip": 1.0, "optim__steps": LAST} | case["changes"]
-    stage = revela_stage(**changes, batch__pools_per_step=FORWARDS * world_size())
+    make = revela_stage if case["method"] == "revela" else lambda **more: stage_of(case["method"], **more)
+    stage = make(**changes, batch__pools_per_step=POOLS)
 
     def build() -> Any:
-        return build_engine(stage, SEED, CPU, Path(folders["llama"]), None, Path(folders["llama_lm"]))
+        lm = Path(folders["llama_lm"]) if case["method"] == "revela" else None
+        return build_engine(stage, SEED, CPU, Path(folders["llama"]), None, lm)
 
+    answer: dict[str, Any] = {}
+    saved = RunState(SAVED, 0, 17, "stage", "data", ["tokenizer"])
+    weights_file = checkpoints / "weights.safetensors"
+    if save:
+        engine = build()
+        _, at_save = take_steps(engine, stage, 0, SAVED)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(engine, checkpoints, saved, keep=1)
+        on_rank_zero(lambda: save_file(at_save, weights_file))
+        answer["whole"], whole = take_steps(engine, stage, SAVED, LAST)
+        engine.destroy()
+        answer["moved"] = sum(not torch.equal(whole[name], at_save[name]) for name in whole)
     engine = build()
-    _, at_save = take_steps(engine, stage, 0, SAVED)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    saved = RunState(SAVED, 17, "stage", "data", ["tokenizer"], world_size())
-    save_checkpoint(engine, checkpoints, saved, keep=1)
-    whole, weights = take_steps(engine, stage, SAVED, LAST)
-    engine.destroy()
-    engine = build()
-    CONTROLS.get(case["control"], lambda _: None)(engine)
-    found = load_newest(engine, checkpoints, saved._replace(step=0, tokens=0))
-    resumed, again = take_steps(engine, stage, SAVED, LAST)
-    optimizer = type(engine.optimizer).__name__
-    engine.destroy()
-    return {
-        "whole": whole,
-        "resumed": resumed,
+    found = load(engine, checkpoints, saved._replace(step=0, tokens=0), case["control"])
+    loaded, written = gather_trainable(engine.module, stage.zero.stage), load_file(weights_file)
+    answer["resumed"], again = take_steps(engine, stage, SAVED, LAST)
+    answer |= {
         "state": found == saved,
-        "optimizer": optimizer,
-        "arrays": len(weights),
-        "moved": sum(not torch.equal(weights[name], at_save[name]) for name in weights),
-        "different": sum(not torch.equal(weights[name], again[name]) for name in weights),
+        "optimizer": type(engine.optimizer).__name__,
+        "arrays": len(written),
+        "not_as_saved": sum(not torch.equal(loaded[name], written[name]) for name in loaded),
+        "different": sum(not torch.equal(whole[name], again[name]) for name in whole) if save else None,
     }
+    engine.destroy()
+    return answer
 
 
 def main() -> None:
     request = json.loads(Path(sys.argv[-2]).read_text())
     start_distributed()
     checkpoints = Path(request["checkpoints"])
-    answer = {name: run_case(case, request["folders"], checkpoints / name) for name, case in request["cases"].items()}
+    answer = {
+        name: run_case(case, request["folders"], checkpoints / case["of"], request["save"])
+        for name, case in request["cases"].items()
+    }
     if rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(answer))
 

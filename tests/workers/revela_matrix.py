@@ -146,7 +146,7 @@ def two_steps(engine: Any, batches: list[Any]) -> Outcome:
                 full: Any = deepspeed.utils.safe_get_full_grad
                 gradients = {n: full(parameters[n]).clone() for n in names}
             engine.step()
-        engine.module.after_step()
+        engine.module.after_step(True)
     loss = float(sum_over_ranks(torch.stack(losses).mean()) / world_size())
     return Outcome(loss, gradients)
 

@@ -30,7 +30,8 @@ Collate = Callable[[int, np.ndarray, np.ndarray], Any]
 class StepData(NamedTuple):
     step: int
     batches: list[Any]  # one per forward of this rank
-    digest: str  # of the row ids of all ranks, the same on each
+    rows: np.ndarray  # ids of all ranks' rows [pools, rows], the same on each
+    digest: str  # of these
 
 
 class Stream:
@@ -102,7 +103,7 @@ class Stream:
         else:
             own = range(len(numbers))[self._share(len(numbers))]
         batches = [self._collate(int(numbers[i]), places, pools[i][places]) for i in own]
-        return StepData(step, batches, batch_digest(pools))
+        return StepData(step, batches, pools, batch_digest(pools))
 
     def _share(self, total: int) -> slice:
         """This rank's equal part of `total` things in a row."""

@@ -31,8 +31,12 @@ class Objective(nn.Module):
     def forward(self, batch: Any) -> Loss:
         raise AssertionError("an objective defines forward")
 
-    def after_step(self) -> None:
-        """Called on all ranks after every optimizer step, for state that follows the weights."""
+    def after_step(self, applied: bool) -> None:
+        """Called on all ranks after every optimizer step, for state that follows the weights.
+
+        Args:
+            applied: False if the step was left out, since a loss or gradient was not finite.
+        """
 
     def extra_state(self) -> dict[str, Tensor]:
         """State that is no trainable weight, equal on all ranks; saved with every checkpoint."""

@@ -151,16 +151,19 @@ class ReContriever(Objective):
             query, keys, scale, row_keys=document[:, None], column_keys=documents[:, None], with_mean=smoothing
         )
 
-    def after_step(self) -> None:
-        """The momentum encoder follows the weights; the step's keys of all ranks enter the queue.
+    def after_step(self, applied: bool) -> None:
+        """The momentum encoder follows the weights; the step's keys of all ranks enter the queue. Nothing of a step
+        that was left out.
 
         Order of the keys: pool, view, row of the pool, whatever the number of ranks.
         """
         if self.queue is None or self.momentum is None:
             return
+        new_keys, self._new_keys = self._new_keys, []
+        if not applied:
+            return
         self.momentum.update()
-        own = torch.stack(self._new_keys).to(self.queue.keys.dtype)  # [forwards, views, rows, dim]
-        self._new_keys.clear()
+        own = torch.stack(new_keys).to(self.queue.keys.dtype)  # [forwards, views, rows, dim]
         ranks = world_size()
         keys = gather(own).view(ranks, *own.shape)
         if self.batch.span == "world":

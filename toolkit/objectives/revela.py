@@ -59,7 +59,7 @@ class Revela(Objective):
             return tau
         return tau.start * (tau.end / tau.start) ** (self.step / (self.steps - 1))
 
-    def after_step(self) -> None:
+    def after_step(self, applied: bool) -> None:
         self.step += 1
 
     def extra_state(self) -> dict[str, Tensor]:

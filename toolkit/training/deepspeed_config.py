@@ -34,7 +34,7 @@ def ds_config(stage: Stage, world_size: int) -> dict[str, Any]:
             },
         },
         "gradient_clipping": optim.clip,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},  # a step that is not finite is left out
         "fp16": {"enabled": False},
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,

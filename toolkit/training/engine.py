@@ -4,6 +4,7 @@ Called by the loop. Every function is collective: all ranks call it.
 """
 
 import gc
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def build_engine(
 def train_step(
     engine: Any, stage: Stage, batches: list[Any], step: int, seed: int, waited: float, device: torch.device
 ) -> dict[str, float]:
-    """One optimizer step over this rank's forwards; returns its scalars, equal on all ranks."""
+    """One optimizer step over this rank's forwards; returns its scalars, equal on all ranks.
+
+    A loss or gradient that is not finite on any rank changes no weight on any; "loss" or "grad_norm" tells.
+    """
     seed_step(seed, step, rank())
     lr = learning_rate(stage.optim, step)
     for group in engine.optimizer.param_groups:
@@ -70,17 +74,29 @@ def train_step(
         batch = to_device(batch, device)
         tokens.update(_num_tokens(batch))
         loss = engine(batch)
-        engine.backward(loss.total)
+        engine.backward(loss.total * _one_or_nan(loss.total))
         losses.append(Loss(loss.total.detach(), loss.parts))
         del loss  # with its graph goes what the pool held
         if len(losses) == len(batches):
             norm = _plain_norm(engine, stage)
-        engine.step()
-    engine.module.after_step()
+        if norm is None or norm.isfinite():
+            engine.step()
+        else:  # DeepSpeed's other optimizers leave such a step out themselves
+            engine.zero_grad()
+            engine.micro_steps += 1
+    applied = engine.was_step_applied() and (norm is None or bool(norm.isfinite()))
+    engine.module.after_step(applied)
     values = reduce_losses(losses, tokens, waited, device)
     values["lr"] = lr
     values["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
+    if not applied and math.isfinite(values["grad_norm"]):
+        raise RuntimeError(f"DeepSpeed left out step {step} with a finite gradient norm")
     return values
+
+
+def _one_or_nan(loss: Tensor) -> Tensor:
+    """What makes the gradient of a loss that is not finite so, too, and leaves any other as it is."""
+    return 1 + (loss - loss).detach()
 
 
 def _plain_norm(engine: Any, stage: Stage) -> Tensor | None:

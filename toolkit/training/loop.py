@@ -3,8 +3,11 @@
 Called by the launcher on every rank.
 """
 
+import json
+import math
 import os
 import shlex
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -17,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from toolkit.collectives import on_rank_zero, rank, world_size
-from toolkit.data.stream import Stream
+from toolkit.data.stream import StepData, Stream
 from toolkit.export import write_export
 from toolkit.export_check import check_export
+from toolkit.last_words import Interrupted, steps
 from toolkit.models.backbone import DTYPES, load_tokenizer
 from toolkit.objectives import Objective
 from toolkit.objectives.language_model import LanguageModel
@@ -38,8 +42,10 @@ from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
 from toolkit.training.costs import Costs, training_costs
 from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
 from toolkit.training.feed import Feed, open_feed, stage_folder
+from toolkit.training.fingerprint import Fingerprints
 from toolkit.training.metrics import Log, peak_memory_gib
 from toolkit.training.numbers import derived, render
+from toolkit.watch import Watch
 
 
 class StageResult(NamedTuple):
@@ -80,11 +86,13 @@ def _kind(stage: Stage) -> Any:
     return "lm" if isinstance(stage.objective, LanguageModelObjective) else "encoder"
 
 
-def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> StageResult:
+def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device, watch: Watch) -> StageResult:
     """Train a stage to its last step and export it, going on from its newest checkpoint.
 
-    Raises:
-        RecipeError: for anything the user can mend, on all ranks.
+    Raises, on all ranks:
+        RecipeError: for anything the user can mend.
+        Interrupted: after SIGTERM or SIGUSR1 to any rank, once the step is saved.
+        Diverged: if the ranks no longer do the same.
     """
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     sources = stage_sources(recipe, index, run)
@@ -95,7 +103,7 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
         stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
     )
     tokenizers = [tokenizer_digest(source.folder) for source in sources if source is not None]
-    fresh = RunState(0, 0, recipe.digest(index), feed.digest, tokenizers, world_size())
+    fresh = RunState(0, 0, 0, recipe.digest(index), feed.digest, tokenizers)
     on_rank_zero(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
     state = load_newest(engine, folder / "checkpoints", fresh)
     _announce(stage, engine, feed, state)
@@ -110,7 +118,8 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device) -> 
         rank=rank(),
         world_size=world_size(),
     ) as stream:
-        state = _run_steps(engine, stream, recipe, index, run, state, costs, device)
+        state = _run_steps(engine, stream, recipe, index, run, state, costs, device, watch)
+    watch.leave_steps()
     live = live_vectors(engine.module, tokenizer, stage.encoder, feed.examples, device)
     weights = gather_trainable(engine.module, stage.zero.stage)
     objective = release(engine)  # what is left gives the export its structure; the reloaded model needs the memory
@@ -130,14 +139,19 @@ def _run_steps(
     state: RunState,
     costs: Costs,
     device: torch.device,
+    watch: Watch,
 ) -> RunState:
     stage = recipe.stages[index]
     first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
+    folder = stage_folder(run, recipe, index)
+    fingerprints = Fingerprints(stage.guard.compare_weights_every, stage.zero.stage)
+    saved, minutes = state.step, 0.0  # the first step may compile
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     engine.train()
     began = time.perf_counter()
     with (
+        steps() as asked_to_stop,
         Log(run, stage.name, first_step, state.step) if rank() == 0 else nullcontext() as log,
         tqdm(
             total=stage.optim.steps,
@@ -148,11 +162,28 @@ def _run_steps(
             mininterval=2,
         ) as bar,
     ):
+        watch.at(state.step + 1, "waiting for its rows", minutes)
         for data in stream:
             waited = time.perf_counter() - began
+            watch.at(data.step + 1, "comparing them with the other ranks'", minutes)
+            if fingerprints.compare(data.step + 1, data.digest, data.batches, engine.module, asked_to_stop()):
+                if saved < state.step:
+                    watch.at(state.step, "saving", 0)
+                    save_checkpoint(engine, folder / "checkpoints", state, stage.save.keep)
+                raise Interrupted(
+                    f"stage {stage.name}: asked to stop ({signal.SIGTERM.name} or {signal.SIGUSR1.name}), saved at "
+                    f"step {state.step}; the same command goes on from there"
+                )
+            watch.at(data.step + 1, "computing", minutes)
             values = train_step(engine, stage, data.batches, data.step, recipe.seed, waited, device)
+            watch.at(data.step + 1, "logging", minutes)
             spent = time.perf_counter() - began
-            state = state._replace(step=data.step + 1, tokens=state.tokens + int(values["tokens"]))
+            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            if not finite:
+                _not_finite(stage, folder, data, values)
+            state = state._replace(
+                step=data.step + 1, skipped=state.skipped + (not finite), tokens=state.tokens + int(values["tokens"])
+            )
             if log is not None:
                 values |= {
                     "tokens_per_s": values["tokens"] / spent,
@@ -161,14 +192,37 @@ def _run_steps(
                     "peak_memory_gib": peak_memory_gib(device),
                     "device_s": spent * world_size(),
                     "flops": sum(values[f"tokens_{side}"] * rate for side, rate in costs.per_token.items()),
+                    "skipped_steps": state.skipped,
                 }
                 log.write(state.step, values | {"rows": data.digest})
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
                 bar.update()
             if state.step % stage.save.every == 0 or state.step == stage.optim.steps:
-                save_checkpoint(engine, stage_folder(run, recipe, index) / "checkpoints", state, stage.save.keep)
-            began = time.perf_counter()
+                watch.at(state.step, "saving", 0)
+                save_checkpoint(engine, folder / "checkpoints", state, stage.save.keep)
+                saved = state.step
+            began, minutes = time.perf_counter(), stage.guard.stall_minutes
+            watch.at(state.step + 1, "waiting for its rows", minutes)
     return state
+
+
+def _not_finite(stage: Stage, folder: Path, data: StepData, values: dict[str, float]) -> None:
+    """Write down the rows of a step that changed nothing; RecipeError where the recipe says to stop there."""
+    path = folder / "not_finite.jsonl"
+    found = {"step": data.step + 1, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"])}
+
+    def write() -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found | {"pools": data.rows.tolist()}) + "\n")
+
+    on_rank_zero(write)
+    if stage.guard.non_finite == "stop":
+        rows = ", ".join(str(row) for row in data.rows.ravel()[:8].tolist())
+        raise RecipeError(
+            f"step {data.step + 1}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}: no weight was "
+            f"changed; its rows are {rows} ... (all in {path}); lower optim.lr or mend these rows, or go on without "
+            'such steps by guard.non_finite = "skip"'
+        )
 
 
 def _export(

@@ -1,6 +1,8 @@
 """Scalars of a step: summed over forwards and ranks once, then to log.jsonl and TensorBoard."""
 
 import json
+import math
+import os
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,12 +60,16 @@ class Log:
         self._stage = stage
         self._first = first_step
         path = run / "log.jsonl"
-        _drop_after(path, stage, resumed_step)
+        _cut_after(path, stage, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + resumed_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line and one set of scalars; `step` counts within the stage, TensorBoard's over the run."""
+        """One line and one set of scalars; `step` counts within the stage, TensorBoard's over the run.
+
+        What is not finite has no place in JSON and is left out.
+        """
+        values = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
         self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -86,16 +92,25 @@ def write_eval_scalars(run: Path, scores: dict[str, dict[str, float]], step: int
                 board.add_scalar(f"eval/{collection}/{name}", value, step)
 
 
-def _drop_after(path: Path, stage: str, step: int) -> None:
-    """Forget lines of a stage past the step it resumes from (and a line cut short by a crash)."""
+def _cut_after(path: Path, stage: str, step: int) -> None:
+    """Forget lines of a stage past the step it resumes from (and a line cut short by a crash).
+
+    They are the end of the file and are cut off; only where an earlier stage is taken up again the file is rewritten.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["stage"] != stage or entry["step"] <= step:
-            kept.append(line + "\n")
-    replace_text(path, "".join(kept))
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_before(line, stage, step)]
+    whole = sum(map(len, kept))
+    if kept == lines[: len(kept)]:
+        os.truncate(path, whole)
+    else:
+        replace_text(path, b"".join(kept).decode())
+
+
+def _is_before(line: bytes, stage: str, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return entry["stage"] != stage or entry["step"] <= step

@@ -1,0 +1,60 @@
+"""launcher/run.py in which one rank does something at one step: FAULT="<what> <rank> <step>". For tests/faults."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import run
+from toolkit import last_words, watch
+from toolkit.collectives import rank
+from toolkit.data.stream import StepData, Stream
+from toolkit.training import checkpoint, loop
+
+WHAT, RANK, STEP = os.environ["FAULT"].split()
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "warn": signal.SIGUSR1, "terminate": signal.SIGTERM}
+read, train_step, seal = Stream.__next__, loop.train_step, checkpoint._seal
+
+
+def next_step(stream: Stream) -> StepData:
+    """Reads other rows, or for ever."""
+    data = read(stream)
+    if _is_now(data.step):
+        if WHAT == "other_rows":
+            return data._replace(digest="0" * 16)
+        if WHAT == "stall_reading":
+            time.sleep(3600)
+    return data
+
+
+def faulty_step(engine: Any, stage: Any, batches: Any, step: int, *rest: Any) -> dict[str, float]:
+    if _is_now(step):
+        if WHAT in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[WHAT])
+            time.sleep(0.3)  # until the thread has it
+        elif WHAT == "stall":
+            time.sleep(3600)
+        elif WHAT == "weights":
+            next(p for p in engine.module.parameters() if p.requires_grad).data.mul_(1.01)
+    return train_step(engine, stage, batches, step, *rest)
+
+
+def faulty_seal(aside: Path, files: list[Path]) -> None:
+    """The other ranks have written their files by then, or are about to."""
+    if WHAT == "kill_saving" and rank() == int(RANK) and aside.name.endswith(f"{int(STEP):08d}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seal(aside, files)
+
+
+def _is_now(step: int) -> bool:
+    return rank() == int(RANK) and step + 1 == int(STEP)
+
+
+Stream.__next__ = next_step
+checkpoint._seal = faulty_seal
+loop.train_step = faulty_step  # pyright: ignore[reportAttributeAccessIssue]
+watch.BEAT_SECONDS = 0.5  # pyright: ignore[reportConstantRedefinition]
+watch.DEAD_SECONDS, watch.TROUBLED_SECONDS = 12.0, 5.0  # pyright: ignore[reportConstantRedefinition]
+last_words.end_at_signals()
+last_words.end(run.main())

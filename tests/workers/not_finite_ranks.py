@@ -1,0 +1,75 @@
+"""Worker: a step of which one rank's loss or gradient is not finite, between two others; JSON to JSON."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import random_pools, revela_stage
+
+from toolkit.collectives import rank, world_size
+from toolkit.last_words import end
+from toolkit.objectives import Loss
+from toolkit.recipe import Stage
+from toolkit.training.engine import build_engine, gather_trainable, train_step
+from toolkit.training.process_group import start_distributed
+
+CPU = torch.device("cpu")
+SEED = 3
+
+
+def step(engine: Any, stage: Stage, number: int) -> dict[str, float]:
+    pools = random_pools(2 * world_size(), stage.batch.pool, seed=number)
+    return train_step(engine, stage, pools[rank() :: world_size()], number, SEED, 0.0, CPU)
+
+
+def poison(engine: Any, what: str) -> None:
+    """Rank 1's loss becomes infinite, or its gradient under a loss that stays as it is; once."""
+    forward = engine.module.forward
+
+    def poisoned(batch: Any) -> Loss:
+        loss = forward(batch)
+        engine.module.forward = forward
+        if rank() != 1 or what == "nothing":
+            return loss
+        zero = loss.total - loss.total.detach()
+        return Loss(loss.total * math.inf if what == "loss" else loss.total + zero.abs().sqrt(), loss.parts)
+
+    engine.module.forward = poisoned
+
+
+def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
+    """Steps with a poisoned one between them, and the same without; what differs after them."""
+    stage = revela_stage(**{"optim__lr": 1e-2, "optim__clip": 1.0, "optim__steps": 4} | case["changes"])
+    stage = stage.model_copy(update={"batch": stage.batch.model_copy(update={"pools_per_step": 2 * world_size()})})
+    weights, values = [], {}
+    for poisoned in (False, True):
+        engine = build_engine(stage, SEED, CPU, Path(folders["llama"]), None, Path(folders["llama_lm"]))
+        step(engine, stage, 0)
+        if poisoned:
+            poison(engine, case["what"])
+            before = gather_trainable(engine.module, stage.zero.stage)
+            values = step(engine, stage, 1)
+            after = gather_trainable(engine.module, stage.zero.stage)
+        step(engine, stage, 2)
+        weights.append(gather_trainable(engine.module, stage.zero.stage))
+        engine.destroy()
+    return {
+        "changed": sum(not torch.equal(before[name], after[name]) for name in before),
+        "different": sum(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
+        "moved": sum(not torch.equal(weights[1][name], before[name]) for name in before),
+        "arrays": len(before),
+        "loss": str(values["loss"]),
+        "grad_norm": str(values["grad_norm"]),
+    }
+
+
+if __name__ == "__main__":
+    request = json.loads(Path(sys.argv[-2]).read_text())
+    start_distributed()
+    answer = {name: run_case(case, request["folders"]) for name, case in request["cases"].items()}
+    if rank() == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(answer))
+    end(0)

@@ -1,0 +1,154 @@
+"""What a rank holds of the optimizer: fp32 weights and Adam's moments of the trainable parameters, in flat pieces.
+
+Called by checkpoint: pieces are written with their place in the whole parameter, so that any number of ranks, at any
+ZeRO stage, can take up what any other wrote. No rank gathers what is another's.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from toolkit.collectives import rank, world_size
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+KEYS = (WEIGHT, *MOMENTS)
+
+
+class Piece(NamedTuple):
+    """A run of elements of one flattened parameter that this rank holds."""
+
+    name: str
+    start: int  # of the first element
+    size: int
+    own: bool  # this rank writes it: False where another rank that holds the same does
+    read: Callable[[str], Tensor]  # key -> fp32 [size]
+    write: Callable[[str, Tensor], None]
+
+
+def pieces(engine: Any) -> Iterator[Piece]:
+    """This rank's pieces of every trainable parameter, in the model's order; together the ranks' own ones are all."""
+    zero, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    if zero == 0:
+        masters = _masters(optimizer)
+        for place, (name, parameter) in enumerate(named):
+            yield _whole(
+                name, masters[parameter] if masters else parameter, _adam(engine), place % world_size() == rank()
+            )
+    elif zero < 3:
+        for name, parameter in named:
+            if parameter._hp_mapping is not None:  # else all of it is other ranks'
+                yield _fragment(name, parameter._hp_mapping, _adam(engine))
+    else:
+        for name, parameter in named:
+            piece = _partition(name, parameter)
+            if piece.size > 0:
+                yield piece
+
+
+def steps_taken(engine: Any) -> int:
+    """Steps that Adam has taken, the same on all ranks; those left out do not count."""
+    found = [int(state["step"]) for state in _adam(engine).state.values() if "step" in state]
+    return max(found, default=0)
+
+
+def begin(engine: Any, steps: int) -> None:
+    """Give Adam moments of zeros that count as those after `steps` steps, to be overwritten through `pieces`."""
+    adam = _adam(engine)
+    for flat in _flat_parameters(engine):
+        on_device = bool(adam.param_groups[0].get("fused"))  # as torch's own first step does
+        count = torch.tensor(float(steps), dtype=torch.float32, device=flat.device if on_device else "cpu")
+        adam.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+
+
+def refresh(engine: Any) -> None:
+    """Make the model's weights those of the optimizer, rounded to the model's number format; called on all ranks."""
+    zero, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if zero == 0:
+        with torch.no_grad():
+            for parameter, master in _masters(optimizer).items():
+                parameter.copy_(master)
+    elif zero < 3:
+        optimizer.update_lp_params()
+    else:
+        optimizer.checkpoint_event_prologue()  # parameters that every rank keeps whole are given up, to be made anew
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                own = safe_get_local_fp32_param(parameter)
+                parameter.ds_tensor.data[: own.numel()].copy_(own)
+        optimizer.checkpoint_event_epilogue()
+
+
+def _adam(engine: Any) -> Any:
+    """torch's optimizer inside DeepSpeed's, which at ZeRO 0 in fp32 is itself."""
+    return engine.optimizer if isinstance(engine.optimizer, torch.optim.Optimizer) else engine.optimizer.optimizer
+
+
+def _flat_parameters(engine: Any) -> list[Tensor]:
+    """What torch's optimizer steps on."""
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [parameter for group in _adam(engine).param_groups for parameter in group["params"]]
+
+
+def _masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """At ZeRO 0 in bf16: parameter -> its fp32 copy. In fp32 there are none: the parameters are stepped on."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {}
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+
+
+def _whole(name: str, master: Tensor, adam: Any, own: bool) -> Piece:
+    def tensor(key: str) -> Tensor:
+        return (master.detach() if key == WEIGHT else adam.state[master][key]).view(-1)
+
+    return Piece(name, 0, master.numel(), own, tensor, _into(tensor))
+
+
+def _into(tensor: Callable[[str], Tensor]) -> Callable[[str, Tensor], None]:
+    def write(key: str, value: Tensor) -> None:
+        tensor(key).copy_(value)
+
+    return write
+
+
+def _fragment(name: str, mapping: Any, adam: Any) -> Piece:
+    """ZeRO 1 and 2: a rank's part of all parameters lies in one flat tensor a group."""
+    flat = adam.param_groups[mapping.param_group_index]["params"][0]
+    place, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+    def tensor(key: str) -> Tensor:
+        return (flat.detach() if key == WEIGHT else adam.state[flat][key]).narrow(0, place, size)
+
+    start = mapping.lp_fragment_address.start
+    return Piece(name, start, size, True, tensor, _into(tensor))
+
+
+def _partition(name: str, parameter: Any) -> Piece:
+    """ZeRO 3: every parameter is cut into equal parts, the last ones filled up."""
+    part = safe_get_local_fp32_param(parameter).numel()
+    start = part * rank()
+    size = min(part, parameter.ds_numel - start)
+
+    def read(key: str) -> Tensor:
+        whole = safe_get_local_fp32_param(parameter) if key == WEIGHT else None
+        return (safe_get_local_optimizer_state(parameter, key) if whole is None else whole)[:size]
+
+    def write(key: str, value: Tensor) -> None:
+        filled = value.new_zeros(part)
+        filled[:size] = value
+        if key == WEIGHT:
+            safe_set_local_fp32_param(parameter, filled)
+        else:
+            safe_set_local_optimizer_state(parameter, filled, key)
+
+    return Piece(name, start, size, True, read, write)
