@@ -48,12 +48,12 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     from toolkit.training.process_group import start_distributed
 
     device = start_distributed()
-    compare_ranks(recipe, run)
     with Watch() as watch:
         _run_stages(recipe, run, only, device, watch)
 
 
 def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.device, watch: Watch) -> None:
+    compare_ranks(recipe, run)
     on_rank_zero(lambda: check_ahead(recipe, world_size()))
     on_rank_zero(lambda: open_run(recipe, run))
     recipe = with_suites(recipe)
