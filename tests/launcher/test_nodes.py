@@ -1,6 +1,7 @@
 """The main job on two nodes: through pdsh over ssh, and through mpirun; killed on one node, resumed, compared."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def check_finished(run: Path) -> None:
         assert (stage / name).is_file(), name
     assert "0 language_model" in (run / "report.md").read_text()
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["world_size"] == 2 and "environ" not in environment
+    assert environment["world_size"] == 2 and environment["command"].startswith("deepspeed --hostfile hosts ")
     files = [path for path in run.rglob("*") if path.is_file()]
     assert len(files) > 20 and not [path for path in files if SECRET.encode() in path.read_bytes()]
 
@@ -72,6 +73,7 @@ def resumed(nodes: Nodes, recipe: Path) -> Path:
     run = nodes.folder / "pdsh"
     code, said = finish(pdsh_command(nodes, recipe, run), nodes, run, kill_after=5)
     assert code != 0 and 5 <= len(rows(run)) < STEPS, said[-4000:]
+    assert re.search(r"rank 1\b.*: not heard of", said), said[-4000:]
     (nodes.folder / "logs").mkdir()  # or both nodes would make it, one in vain
     logs = ("--enable_each_rank_log", str(nodes.folder / "logs"))
     code, said = finish(pdsh_command(nodes, recipe, run, *logs), nodes, run)
