@@ -18,6 +18,7 @@ from toolkit.last_words import (
     is_told_by_another,
     say,
 )
+from toolkit.mpi import adopt_mpi_ranks
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -42,6 +43,7 @@ def main() -> int:
     """The exit code, as --help says."""
     arguments = parse_arguments()
     try:
+        adopt_mpi_ranks()
         recipe = load_recipe(arguments.recipe, tuple(arguments.set))
         if arguments.stage is not None and not 0 <= arguments.stage < len(recipe.stages):
             raise RecipeError(f"--stage {arguments.stage}: the recipe has stages 0 to {len(recipe.stages) - 1}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from launcher.preflight import compare_ranks
 from launcher.starts import (
     bm25_is_scored,
     evaluate_start,
@@ -52,6 +53,7 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
 
 
 def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.device, watch: Watch) -> None:
+    compare_ranks(recipe, run)
     on_rank_zero(lambda: check_ahead(recipe, world_size()))
     on_rank_zero(lambda: open_run(recipe, run))
     recipe = with_suites(recipe)

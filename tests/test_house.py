@@ -100,7 +100,7 @@ def test_make_leaves_a_finished_installation_alone(tmp_path):
     assert subprocess.run(command, cwd=here, capture_output=True).returncode == 1
 
 
-def test_a_skipped_test_is_a_failure(tmp_path):
+def test_a_skipped_test_is_a_failure_unless_the_machine_lacks_a_program(tmp_path):
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     test = tmp_path / "test_one.py"
     command = [
@@ -114,8 +114,13 @@ def test_a_skipped_test_is_a_failure(tmp_path):
         os.devnull,
         f"--rootdir={tmp_path}",
     ]
-    for body, status in (("pass", 0), ("__import__('pytest').skip('no device')", 1)):
+    skip = "__import__('pytest').skip"
+    lacking = f"{skip}('this machine lacks pdsh')"
+    cases = (("pass", "", 0), (f"{skip}('no device')", "", 1), (lacking, "", 0), (lacking, "true", 1))
+    for body, ci, status in cases:
         test.write_text(f"def test_one():\n    {body}\n")
-        done = subprocess.run([*command, str(test)], cwd=tmp_path, capture_output=True, text=True)
+        env = os.environ | {"CI": ci}
+        done = subprocess.run([*command, str(test)], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == status, done.stdout
-    assert "skipped: 1" in done.stdout
+        assert ("skipped: 1;" in done.stdout) == bool(status)
+        assert ("not run: 1;" in done.stdout) == (body == lacking and not ci)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import REPOSITORY, free_port, launch, rank_environment
+from distributed import REPOSITORY, WORKERS, free_port, launch, rank_environment
 from recipe_changes import changed
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
@@ -26,6 +26,7 @@ SCALARS = (
     "keys_values_mib_least", "temperature", "gain", "in_batch_nll", "plain_nll",
 )  # fmt: skip
 STEPS = 14
+SECRET = "hf_kYpQw0aXnTzVbMdR"
 STAGES = ("language_model", "revela", "recontriever", "contrastive")
 METHODS: dict[str, dict[str, Any]] = {  # of the stages after Revela: they continue its adapter
     "recontriever": {
@@ -77,8 +78,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(work: Path) -> Path:
-    """An uninterrupted run."""
-    done = launch("launcher/run.py", 2, str(work / "recipe.json"), "--output", str(work / "whole"))
+    """An uninterrupted run, whose ranks note the ports that they open."""
+    run = [str(work / "recipe.json"), "--output", str(work / "whole")]
+    (work / "watched").mkdir()
+    done = launch(WORKERS / "watched_run.py", 2, *run, WATCHED=str(work / "watched"), HF_TOKEN=SECRET)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     (work / "whole.txt").write_text(done.stdout)
     return work / "whole"
@@ -124,6 +127,21 @@ def test_a_run_leaves_what_is_promised(whole: Path, work: Path) -> None:
     assert len(re.findall(r"!\[.*\]\((plots/.*\.png)\)", report)) == 3 + len(STAGES)
     for image in re.findall(r"\]\((.*\.png)\)", report):
         assert (whole / image).is_file(), image
+
+
+def test_no_port_is_opened_but_those_of_torch(whole: Path, work: Path) -> None:
+    """Python code binds none; torch.distributed listens for its rendezvous, on rank 0, and gloo at one address each."""
+    ranks = [json.loads((work / "watched" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["bound"] for rank in ranks] == [[], []]
+    assert [rank["MASTER_ADDR"] for rank in ranks] == ["127.0.0.1", "127.0.0.1"]
+    at_any_address = [{port["port"] for port in rank["listening"] if port["any_address"]} for rank in ranks]
+    assert at_any_address == [{int(ranks[0]["MASTER_PORT"])}, set()]
+    assert all(rank["listening"] for rank in ranks)
+
+
+def test_no_environment_variable_is_written(whole: Path) -> None:
+    files = [path for path in whole.rglob("*") if path.is_file()]
+    assert len(files) > 50 and not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("stage", ["stage_1_revela", "stage_2_recontriever", "stage_3_contrastive"])

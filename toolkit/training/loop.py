@@ -277,9 +277,10 @@ def _card(recipe: Recipe, stage: Stage, feed: Feed, state: RunState) -> dict[str
 
 
 def command() -> str:
-    """What the user typed, without what the launcher added, but for the number of processes a node."""
+    """What the user typed, without what the launcher added, but for the processes of a node, or a hostfile."""
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    ranks = ["--num_gpus", os.environ["LOCAL_SIZE"]] if "LOCAL_SIZE" in os.environ else []
+    here, all_nodes = os.environ.get("LOCAL_SIZE"), os.environ.get("WORLD_SIZE")
+    ranks = [] if here is None else ["--num_gpus", here] if here == all_nodes else ["--hostfile", "hosts"]
     return shlex.join(["deepspeed", *ranks, "launcher/run.py", *typed])
 
 

@@ -4,6 +4,7 @@ import fcntl
 import glob
 import os
 import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ def start_distributed() -> torch.device:
     if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = _free_port()
+    # where ninja is, which builds DeepSpeed's operations: in a login that pdsh or mpirun makes, .venv is not active
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if not cuda:
         clear_compiler_locks()
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)

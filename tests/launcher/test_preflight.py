@@ -1,0 +1,105 @@
+"""Hosts that differ from the others are named before a run writes anything."""
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import WORKERS, launch
+from recipe_changes import TINY
+
+from launcher import preflight
+from launcher.preflight import compare_ranks, differences, own_facts
+from toolkit.recipe import RecipeError, load_recipe
+
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
+SAME = VERSIONS | {"digest of the recipe": "a1", "run folder": "/shared/run", "shared": True, "denied": ""}
+
+
+def ranks(*hosts: str, **odd: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ranks on these hosts have; `odd`: of some of the hosts, what they have of their own."""
+    return [SAME | {"host": host} | odd.get(host, {}) for host in hosts]
+
+
+def test_equal_ranks_pass() -> None:
+    assert differences(ranks("a", "a", "b", "b")) == []
+
+
+def test_the_odd_host_is_the_one_that_differs_from_most() -> None:
+    newer = {"torch": "2.14.0"}
+    fix = "use one .venv on all nodes, or install with constraints.txt on each"
+    assert differences(ranks("a", "b", "c", a=newer)) == [
+        f"torch: 2.14.0 on a (rank 0), but 2.13.0 on b; {fix}",
+    ]
+    assert differences(ranks("a", "b", b=newer)) == [f"torch: 2.14.0 on b (rank 1), but 2.13.0 on a; {fix}"]
+    assert differences(ranks("a", "b", a=newer)) == [f"torch: 2.13.0 on b (rank 1), but 2.14.0 on a; {fix}"]
+
+
+def test_hosts_with_one_problem_are_one_line_and_each_problem_is_told() -> None:
+    odd = {"python": "3.12.1", "digest of the recipe": "b2"}
+    lines = differences(ranks(*"aaaabbccdd", b=odd, c=odd | {"shared": False}, d={"denied": "Permission denied"}))
+    assert [line.partition(";")[0] for line in lines] == [
+        "python: 3.12.1 on b (ranks 4 to 5), c (ranks 6 to 7), but 3.11.7 on a",
+        "digest of the recipe: b2 on b (ranks 4 to 5), c (ranks 6 to 7), but a1 on a",
+        "/shared/run: what a (rank 0) writes there is not seen on c (ranks 6 to 7)",
+        "/shared/run: cannot be written on d (ranks 8 to 9) (Permission denied)",
+    ]
+    assert differences(ranks(*"abab", b={"denied": "Read-only file system"})) == [
+        "/shared/run: cannot be written on b (ranks 1, 3) (Read-only file system); allow it there, or choose another "
+        "--output"
+    ]
+
+
+def test_run_folders_at_different_places_are_one_problem() -> None:
+    lines = differences(ranks(*"abc", c={"run folder": "/home/run", "shared": False}))
+    assert lines == [
+        "run folder: /home/run on c (rank 2), but /shared/run on a; start in the same folder on all nodes, or give "
+        "--output a path that is one on all of them"
+    ]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    (tmp_path / "recipe.json").write_text(json.dumps(TINY))
+    return load_recipe(tmp_path / "recipe.json")
+
+
+def test_a_rank_tells_what_it_has(recipe, tmp_path, monkeypatch) -> None:
+    probe = tmp_path / "probe"
+    probe.touch()
+    before = sorted(tmp_path.iterdir())
+    facts = own_facts(recipe, tmp_path / "run", probe)
+    assert facts.keys() == SAME.keys() | {"host"} and facts["host"] == socket.gethostname()
+    assert facts["shared"] and not facts["denied"] and facts["run folder"] == str(tmp_path / "run")
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(preflight, "SECONDS_TO_APPEAR", 0.2)
+    assert not own_facts(recipe, tmp_path / "run", tmp_path / "elsewhere")["shared"]
+    changed = recipe.model_copy(update={"seed": recipe.seed + 1})
+    assert own_facts(changed, tmp_path, probe)["digest of the recipe"] != facts["digest of the recipe"]
+
+
+def test_a_folder_that_rank_0_cannot_write_is_refused(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "world_size", lambda: 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=rf"file/run: cannot be written on {socket.gethostname()} \(rank 0\) \("):
+        compare_ranks(recipe, tmp_path / "file" / "run")
+    compare_ranks(recipe, tmp_path / "not" / "made")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "recipe.json"]
+
+
+def test_an_odd_rank_is_refused_in_a_run(tmp_path: Path) -> None:
+    """Nothing is left behind, and rank 0 says it all once."""
+    (tmp_path / "recipe.json").write_text(json.dumps(TINY))
+    odd = {"torch": "2.0.1", "shared": False}
+    run = ["--output", str(tmp_path / "runs" / "odd")]
+    done = launch(WORKERS / "odd_rank.py", 2, str(tmp_path / "recipe.json"), *run, timeout=120, ODD=json.dumps(odd))
+    said = (done.stdout + done.stderr).splitlines()
+    here = socket.gethostname()
+    told = [line.partition(";")[0] for line in said if "node2" in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(told) == 3, said
+    assert told[0].startswith("torch: 2.0.1 on node2 (rank 1), but ") and told[0].endswith(f" on {here}"), said
+    assert re.fullmatch(rf"digest of the recipe: \w{{16}} on node2 \(rank 1\), but \w{{16}} on {here}", told[1]), said
+    assert told[2] == f"{tmp_path}/runs/odd: what {here} (rank 0) writes there is not seen on node2 (rank 1)", said
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
