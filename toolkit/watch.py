@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -111,6 +110,7 @@ class Watch:
         self._troubled = False
         self._beats = 0
         self._own = self._status  # as last said
+        self._answered = 0.0  # when the store last did
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
@@ -129,7 +129,10 @@ class Watch:
     def __enter__(self) -> Self:
         self._say()
         barrier()
+        self._answered = time.monotonic()
         self._thread.start()
+        if rank() != 0:
+            threading.Thread(target=self._listen, name="listen", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -137,16 +140,13 @@ class Watch:
             self._troubled = True
             self._thread.join(3 * TROUBLED_SECONDS)  # a rank that died is named, and this process ends there
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
         if error is None:
             barrier()  # rank 0 takes the store with it
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             try:
-                if rank() != 0 and self._store is not None:  # other operations would wait for ever for a frozen rank 0
-                    self._store.wait(["watch/0"], timedelta(seconds=DEAD_SECONDS))
                 self._say()
                 if rank() == 0:
                     self._judge()
@@ -154,9 +154,16 @@ class Watch:
                     os._exit(LOST)
                 if self._store is not None and self._store.check([OTHER_KEY]):
                     os._exit(2)  # as the rank did that said what is wrong
+                self._answered = time.monotonic()
             except RuntimeError:  # the store is gone, and rank 0 with it
                 if self._ended.wait(BEAT_SECONDS):
                     return
+                self._first_rank_is_gone()
+
+    def _listen(self) -> None:
+        """Beside `_beat`, which waits for ever where rank 0 is frozen: the store's own timeouts do, too."""
+        while not self._ended.wait(BEAT_SECONDS):
+            if time.monotonic() - self._answered > DEAD_SECONDS:
                 self._first_rank_is_gone()
 
     def _say(self) -> None:
