@@ -5,6 +5,7 @@ ZeRO stage, can take up what any other wrote. No rank gathers what is another's.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +64,13 @@ def steps_taken(engine: Any) -> int:
 def begin(engine: Any, steps: int) -> None:
     """Give Adam moments of zeros that count as those after `steps` steps, to be overwritten through `pieces`."""
     adam = _adam(engine)
-    for flat in _flat_parameters(engine):
-        on_device = bool(adam.param_groups[0].get("fused"))  # as torch's own first step does
-        count = torch.tensor(float(steps), dtype=torch.float32, device=flat.device if on_device else "cpu")
-        adam.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    of_torch = isinstance(adam, torch.optim.AdamW)  # else DeepSpeed's, for states on NVMe
+    for number, flat in enumerate(_flat_parameters(engine)):
+        with _in_memory(engine, number):
+            on_device = of_torch and bool(adam.param_groups[0].get("fused"))  # as torch's own first step does
+            count = torch.tensor(float(steps), dtype=torch.float32, device=flat.device if on_device else "cpu")
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            adam.state[flat] = {"step": count if of_torch else steps, **moments}
 
 
 def refresh(engine: Any) -> None:
@@ -80,11 +84,22 @@ def refresh(engine: Any) -> None:
         optimizer.update_lp_params()
     else:
         optimizer.checkpoint_event_prologue()  # parameters that every rank keeps whole are given up, to be made anew
-        for parameter in engine.module.parameters():
-            if parameter.requires_grad:
-                own = safe_get_local_fp32_param(parameter)
-                parameter.ds_tensor.data[: own.numel()].copy_(own)
+        for number in range(len(_flat_parameters(engine))):
+            with _in_memory(engine, number):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after every step
         optimizer.checkpoint_event_epilogue()
+
+
+@contextmanager
+def _in_memory(engine: Any, number: int) -> Iterator[None]:
+    """What lies on NVMe of group `number` is read, and written again."""
+    zero3 = engine.optimizer if engine.zero_optimization_stage() == 3 else None
+    if zero3 is None or not zero3._swappable_optimizer_subgroup(number):
+        yield
+        return
+    zero3._optimizer_states_and_gradient_swap_in(number)
+    yield
+    zero3._optimizer_states_and_gradient_swap_out(number)
 
 
 def _adam(engine: Any) -> Any:
