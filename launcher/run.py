@@ -6,6 +6,7 @@ Checks the recipe before it imports torch; then for each stage: train, export, e
 import argparse
 import os
 import time
+import traceback
 from pathlib import Path
 
 from toolkit.last_words import (
@@ -57,7 +58,8 @@ def main() -> int:
     except Exception:
         if is_told_by_another():
             os._exit(2)  # as that rank did: the process group is broken
-        raise
+        traceback.print_exc()
+        return 1
 
 
 def _dry_run(recipe: Recipe, only: int | None) -> int:

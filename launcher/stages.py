@@ -3,14 +3,18 @@
 Called by launcher/run.py on every rank, with a valid recipe. A finished stage is skipped, an unfinished one goes on.
 """
 
+import errno
+import fcntl
 import json
+import os
 import platform
+import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +37,7 @@ from toolkit.prepare import on_every_rank
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
 from toolkit.watch import Watch
 
+LOCK = ".lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
 PACKAGES += ("pytrec-eval-terrier", "scipy", "numpy")
 
@@ -48,14 +53,14 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     from toolkit.training.process_group import start_distributed
 
     device = start_distributed()
-    with Watch() as watch:
+    with Watch() as watch, ExitStack() as held:
+        compare_ranks(recipe, run)
+        on_rank_zero(lambda: check_ahead(recipe, world_size()))
+        on_rank_zero(lambda: open_run(recipe, run, held))
         _run_stages(recipe, run, only, device, watch)
 
 
 def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.device, watch: Watch) -> None:
-    compare_ranks(recipe, run)
-    on_rank_zero(lambda: check_ahead(recipe, world_size()))
-    on_rank_zero(lambda: open_run(recipe, run))
     recipe = with_suites(recipe)
     if only:
         on_rank_zero(lambda: check_order(recipe, only, run))
@@ -155,8 +160,10 @@ def check_ahead(recipe: Recipe, ranks: int) -> None:
             raise RecipeError(f"stage {index} {stage.name}: {error}") from None
 
 
-def open_run(recipe: Recipe, run: Path) -> None:
+def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
     """Make the run folder, or check that this recipe made it; nothing of another run is overwritten.
+
+    Until `held` ends no other process may have the folder.
 
     Stages that have not begun may differ from the run's recipe: they are taken from this one. A stage has begun once
     it has logged a step.
@@ -179,14 +186,32 @@ def open_run(recipe: Recipe, run: Path) -> None:
             different = _first_difference(old, new)
             if different:
                 raise RecipeError(f"{run}: was made by a different recipe ({different}); choose another --output")
-        elif run.exists() and any(run.iterdir()):
+        elif run.exists() and any(entry.name != LOCK for entry in run.iterdir()):
             raise RecipeError(f"{run}: is not empty and holds no recipe.json; choose another --output")
         run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_locked(run))
         replace_text(path, recipe.to_json())
         replace_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{run}: cannot be used as run folder ({reason}); choose another --output") from None
+
+
+def _locked(run: Path) -> TextIO:
+    """An open file that holds the run folder; RecipeError if a process that is alive does."""
+    file = (run / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RecipeError(f"{run}: is in use by {file.read().strip()}; wait for its end, or end it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+            raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _logged_stages(log: Path) -> set[str]:

@@ -85,3 +85,20 @@ def test_a_process_alone_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None
         assert stopped.wait(20)
     assert codes == [watch.LOST] and len(said) == 1
     assert said[0].startswith("\nrank 0 (") and "no progress for 0.005 minutes, at step 9, computing" in said[0]
+
+
+def test_after_a_suspension_the_count_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole job stood still, so nobody's silence says anything; without that rule the process would end."""
+    said, ends = [], []
+    monkeypatch.setattr(watch, "tell", said.append)
+    monkeypatch.setattr(watch.os, "_exit", ends.append)
+    for asleep, ended in ((watch.ASLEEP_SECONDS, []), (float("inf"), [watch.LOST])):
+        monkeypatch.setattr(watch, "ASLEEP_SECONDS", asleep)
+        watched = Watch()
+        watched.at(3, COMPUTING, 1)
+        watched._say()
+        watched._judge()
+        long_ago = time.monotonic() - 500
+        watched._judged, watched._seen = long_ago, [Seen(watched._own, long_ago, long_ago)]
+        watched._judge()
+        assert ends == ended and len(said) == len(ended)

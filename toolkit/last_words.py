@@ -20,8 +20,8 @@ SECONDS_TO_SPEAK = 3
 """How long the other ranks stay when rank 0 is about to say what ends the run: its launcher ends it when they end."""
 STOPPED = 4
 """Exit code after SIGTERM or SIGUSR1: what can be saved is saved, and the same command goes on."""
-OTHER_KEY = "last words of another rank"
-_KEY, _PAUSE = "last words of rank 0", 0.2
+KEY, OTHER_KEY = "last words of rank 0", "last words of another rank"
+_PAUSE, _SECONDS_TO_LOOK = 0.2, 1.0
 _told = threading.Event()  # this process has said why it ends
 _asked: list[int] = []  # the signals that wait for the end of a step
 _in_steps = threading.Event()
@@ -45,8 +45,8 @@ def say(problem: str) -> None:
     if is_first_rank():
         tell(problem)
         if store := store_of_first_rank(0):
-            store.set(_KEY, problem)
-            time.sleep(5 * _PAUSE)  # the store ends with this process: the others look first
+            store.set(KEY, problem)
+            time.sleep(_SECONDS_TO_LOOK)  # the store ends with this process: the others look first
     elif store := store_of_first_rank(WAIT_SECONDS):
         _tell_alone(problem, store)
 
@@ -57,9 +57,9 @@ def _tell_alone(problem: str, store: Any) -> None:
 
     deadline = time.monotonic() + WAIT_SECONDS
     try:
-        while not store.check([_KEY]) and time.monotonic() < deadline:
+        while not store.check([KEY]) and time.monotonic() < deadline:
             time.sleep(_PAUSE)
-        if store.check([_KEY]) and store.get(_KEY).decode() == problem:
+        if store.check([KEY]) and store.get(KEY).decode() == problem:
             return
         if store.add(problem, 1) == 1:
             tell("\n".join(f"rank {os.environ['RANK']}: {line}" for line in problem.splitlines()))
@@ -75,7 +75,7 @@ def end(code: int) -> NoReturn:
     In that, gloo's threads now and then abort a process that is done ("terminate called without an active exception").
     """
     distributed = sys.modules.get("torch.distributed")  # imported only if the recipe was valid
-    if distributed is not None and distributed.is_initialized():
+    if distributed is not None and distributed.is_initialized() and code != 1:  # after a crash the others may be gone
         distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -148,7 +148,7 @@ def steps() -> Iterator[Callable[[], bool]]:
     Also after an error, which is to be told first: the launcher sends SIGTERM as soon as another rank has ended.
     """
     _in_steps.set()
-    yield lambda: bool(_asked)
+    yield lambda: bool(_asked)  # no finally: see above
     _in_steps.clear()
     if _asked:  # after the last step, which is saved
         _end_at(_asked[0])

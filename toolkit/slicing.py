@@ -19,7 +19,7 @@ ENOUGH_OF_BUDGET, SHORT_ROW = 0.25, 0.8
 
 
 slices_run = 0
-"""Slices that this process has run forward, by which ranks that should run as many can be compared."""
+"""Slices that this process has run or begun, recomputed ones too: the same number on every rank of a run."""
 
 
 class Slices(NamedTuple):
@@ -103,9 +103,8 @@ def in_slices(fn: Callable[..., Any], slices: Slices, *inputs: Any) -> Any:
     counts = {len(t) for x in inputs for t in (x if isinstance(x, tuple) else (x,))}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"in_slices needs inputs with one common, positive number of rows; found {sorted(counts)}")
-    global slices_run
-    slices_run += 1 if slices.rows is None else len(slices.rows)
     if slices.rows is None:
+        _count_slice()
         return fn(*inputs)
     outputs = []
     for rows, length in zip(slices.rows, slices.lengths, strict=True):
@@ -119,7 +118,13 @@ def in_slices(fn: Callable[..., Any], slices: Slices, *inputs: Any) -> Any:
 
 def _of_rows(fn: Callable[..., Any], rows: Tensor, length: int, *part: Any) -> Any:
     """Texts are cut here, inside the checkpoint, which else would keep a second copy of them all."""
+    _count_slice()
     return fn(*(Tokens(*(t[rows, :length] for t in x)) if isinstance(x, Tokens) else x for x in part))
+
+
+def _count_slice() -> None:
+    global slices_run
+    slices_run += 1
 
 
 def _rows(x: Any, rows: Tensor) -> Any:

@@ -17,14 +17,19 @@ from typing import Any, NamedTuple, Self
 from torch import distributed
 
 from toolkit import slicing
-from toolkit.collectives import barrier, gather_texts, rank, world_size
-from toolkit.last_words import OTHER_KEY, is_told_by_another, store_of_first_rank, tell
+from toolkit.collectives import barrier, rank, world_size
+from toolkit.last_words import KEY, OTHER_KEY, WAIT_SECONDS, is_told_by_another, store_of_first_rank, tell
 
 LOST = 5
 """Exit code of a run that lost a rank, or whose ranks went different ways; the same command goes on."""
 BEAT_SECONDS = 2.0
-DEAD_SECONDS, TROUBLED_SECONDS = 30.0, 8.0
-"""After how long a rank that is not heard of is taken for dead; the latter once a collective operation has failed."""
+DEAD_SECONDS, TROUBLED_SECONDS = 20.0, 8.0
+"""After how long a rank that is not heard of is taken for dead; the latter once a collective operation has failed.
+
+Where a rank has died the deepspeed launcher kills the others of its node 30 s later: one must have spoken by then.
+"""
+ASLEEP_SECONDS = 5 * BEAT_SECONDS
+"""A thread that did not come round for so long slept, and cannot tell how long others were silent."""
 _VERDICT = "watch/verdict"
 PHASES = ("waiting for its rows", "comparing them with the other ranks'", "computing", "logging")
 PACKAGE = str(Path(__file__).parent)
@@ -110,12 +115,18 @@ class Watch:
         self._troubled = False
         self._beats = 0
         self._own = self._status  # as last said
-        self._answered = 0.0  # when the store last did
+        self._answered = self._judged = time.monotonic()  # when the store last did; when rank 0 last looked
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
-        self._hosts = gather_texts(socket.gethostname())
-        self._store: Any = store_of_first_rank(0) if world_size() > 1 else None
+        self._store: Any = None
+        self._hosts = [socket.gethostname()]
+        if world_size() > 1:
+            self._store = store_of_first_rank(WAIT_SECONDS)
+            if self._store is None:
+                raise RuntimeError(f"rank {rank()} no longer finds the store of rank 0")
+            arrived = [f"arrived/{r}" for r in range(world_size())]  # by toolkit.training.process_group
+            self._hosts = [host.decode() for host in self._store.multi_get(arrived)]
         self._seen: list[Seen | None] = [None] * world_size()
 
     def at(self, step: int, phase: str, minutes: float) -> None:
@@ -128,7 +139,6 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._say()
-        barrier()
         self._answered = time.monotonic()
         self._thread.start()
         if rank() != 0:
@@ -150,20 +160,34 @@ class Watch:
                 self._say()
                 if rank() == 0:
                     self._judge()
-                elif self._store is not None and self._store.check([_VERDICT]):
-                    os._exit(LOST)
-                if self._store is not None and self._store.check([OTHER_KEY]):
-                    os._exit(2)  # as the rank did that said what is wrong
+                elif self._store is not None:
+                    self._follow()
                 self._answered = time.monotonic()
-            except RuntimeError:  # the store is gone, and rank 0 with it
+            except RuntimeError as error:  # the store is gone, and rank 0 with it
                 if self._ended.wait(BEAT_SECONDS):
                     return
+                if rank() == 0:
+                    reason = " ".join(str(error).split())[:200]
+                    tell(f"rank 0 ({self._hosts[0]}): can no longer watch the others: {reason}")
+                    os._exit(LOST)
                 self._first_rank_is_gone()
+
+    def _follow(self) -> None:
+        """End with the others: after rank 0's verdict, or after what another rank, or rank 0, has said."""
+        if self._store.check([_VERDICT]):
+            os._exit(LOST)
+        told = self._store.check([OTHER_KEY]) or self._store.check([KEY])
+        if told and not self._ended.wait(3 * BEAT_SECONDS):  # this rank does not know it by itself
+            os._exit(2)
 
     def _listen(self) -> None:
         """Beside `_beat`, which waits for ever where rank 0 is frozen: the store's own timeouts do, too."""
+        looked = time.monotonic()
         while not self._ended.wait(BEAT_SECONDS):
-            if time.monotonic() - self._answered > DEAD_SECONDS:
+            looked, before = time.monotonic(), looked
+            if looked - before > ASLEEP_SECONDS:
+                self._answered = looked
+            if looked - self._answered > DEAD_SECONDS:
                 self._first_rank_is_gone()
 
     def _say(self) -> None:
@@ -178,10 +202,15 @@ class Watch:
             self._store.set(f"watch/{rank()}", json.dumps(self._own))
 
     def _judge(self) -> None:
-        now = time.monotonic()
+        now, before = time.monotonic(), self._judged
+        self._judged = now
         keys = [f"watch/{r}" for r in range(world_size())]
         said = [Status(*json.loads(text)) for text in self._store.multi_get(keys)] if self._store else [self._own]
         self._seen = [seen_now(before, status, now) for before, status in zip(self._seen, said, strict=True)]
+        if now - before > ASLEEP_SECONDS:  # the whole job was suspended, or this process had no time: count anew
+            self._seen = [seen and seen._replace(beat_at=now, moved_at=now) for seen in self._seen]
+        if self._store is not None and self._store.check([OTHER_KEY]):
+            os._exit(2)  # as the rank did that has said what is wrong
         problem = verdict([seen for seen in self._seen if seen is not None], self._hosts, now)
         if problem:
             tell(f"\n{problem}")  # a progress bar may stand on the line

@@ -1,8 +1,11 @@
 """Going on: what a resumed run accepts, what it refuses, and how stages follow one another (one process)."""
 
+import fcntl
 import json
+import os
 import resource
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +178,20 @@ def test_a_save_that_was_cut_off_leaves_nothing(trained, tmp_path, monkeypatch) 
     (newest.with_name(".writing_step_00000002") / "manifest_00000.json").unlink()
     assert start(tmp_path, trained, monkeypatch) == 0
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_a_run_folder_has_one_run_at_a_time(trained, tmp_path, monkeypatch, capsys) -> None:
+    unfinish(tmp_path / "run")
+    before = files_below(tmp_path / "run")
+    with (tmp_path / "run" / ".lock").open("r") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert start(tmp_path, trained, monkeypatch) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"{tmp_path / 'run'}: is in use by process {os.getpid()} on {socket.gethostname()}; " + (
+        "wait for its end, or end it"
+    )
+    assert files_below(tmp_path / "run") == before
+    assert start(tmp_path, trained, monkeypatch) == 0
 
 
 @pytest.mark.parametrize("rule", ["stop", "skip"])

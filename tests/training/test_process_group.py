@@ -1,12 +1,15 @@
-"""A lock that a killed compile left behind is removed; that of a compile under way is left to its owner."""
+"""Ranks that do not come are named; a lock that a killed compile left is removed, that of one under way is not."""
 
 import os
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from distributed import free_port
 
+from toolkit.recipe import RecipeError
 from toolkit.training import process_group
 from toolkit.training.process_group import LONGEST_COMPILE_SECONDS, clear_compiler_locks
 
@@ -50,3 +53,21 @@ def test_a_young_lock_of_nobody_is_waited_for(lock: Path, monkeypatch: pytest.Mo
     clear_compiler_locks()
     owner.join()
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_come_are_named(rank: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Rank 0 alone, and rank 1 without it: said at once, given up later, in place of hours of silence."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in ({"RANK": rank, "WORLD_SIZE": "3"} | place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(process_group, "SECONDS_TO_SAY", 0.5)
+    monkeypatch.setattr(process_group, "SECONDS_TO_ARRIVE", 1)
+    with pytest.raises(RecipeError) as raised:
+        process_group.roll_call()
+    host, said = socket.gethostname(), capsys.readouterr().err
+    if rank == "0":
+        assert said.startswith(f"2 of 3 ranks have not come for 1 s: 1, 2; there are {host} (1); waiting for 1 s")
+        assert str(raised.value).startswith("2 of 3 ranks have not come for 1 s: 1, 2; there are ")
+    else:
+        assert said.startswith(f"rank 1 ({host}): finds no rank 0 at 127.0.0.1:") and "MASTER_ADDR" in str(raised.value)

@@ -46,6 +46,10 @@ def case_of(changes: dict[str, Any], of: str, control: str | None = None, method
 CASES = {name: case_of(changes, name) for name, changes in CHANGES.items()}
 QUEUE = "recontriever, queue and momentum"
 CASES[QUEUE] = case_of({"lora": None, "zero__stage": 2}, QUEUE, method="recontriever")
+CASES |= {
+    f"{zero} full, saved before any step": case_of(ZERO[zero] | MODELS["full"], f"{zero} none", "before any step")
+    for zero in ("bf16 0", "bf16 1", "fp32 0", "fp32 3")
+}
 CONTROLS = {
     "forget_optimizer": case_of(OF_THE_PAPER | MODELS["lora"], "a", "forget_optimizer"),
     "forget_masters": case_of(OF_THE_PAPER | MODELS["full"], "b", "forget_masters"),

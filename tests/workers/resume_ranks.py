@@ -84,11 +84,12 @@ def run_case(case: dict[str, Any], folders: dict[str, str], checkpoints: Path, s
         return build_engine(stage, SEED, CPU, Path(folders["llama"]), None, lm)
 
     answer: dict[str, Any] = {}
+    first = 0 if case["control"] == "before any step" else SAVED  # as if all steps until then had been left out
     saved = RunState(SAVED, 0, 17, "stage", "data", ["tokenizer"])
     weights_file = checkpoints / "weights.safetensors"
     if save:
         engine = build()
-        _, at_save = take_steps(engine, stage, 0, SAVED)
+        _, at_save = take_steps(engine, stage, 0, first)
         checkpoints.mkdir(parents=True, exist_ok=True)
         save_checkpoint(engine, checkpoints, saved, keep=1)
         on_rank_zero(lambda: save_file(at_save, weights_file))

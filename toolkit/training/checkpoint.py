@@ -66,6 +66,8 @@ def _open(aside: Path) -> None:
 
 def _write(engine: Any, aside: Path, state: RunState) -> list[Path]:
     """Write this rank's files, and read back what is in them."""
+    if steps_taken(engine) == 0:  # no step was applied yet: DeepSpeed makes the moments in the first
+        begin(engine, 0)
     written = []
     for number, tensors in enumerate(_groups(engine)):
         written.append(_save(aside / f"weights_{rank():05d}_{number:03d}.safetensors", tensors))
@@ -134,7 +136,7 @@ def _place(aside: Path, final: Path, keep: int) -> None:
     aside.rename(final)
     _sync(final.parent)
     for old in sorted(final.parent.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the new one is whole, whatever becomes of the old
 
 
 # --------------------------------------------------------------------------- reading
@@ -194,12 +196,15 @@ def _damage(checkpoint: Path) -> str:
         return f"{checkpoint}: {len(parts)} of {written} files manifest_*.json are there"
     for path in [checkpoint / name for name in sorted(manifest)][rank() :: world_size()]:  # each is read once
         size, digest = manifest[path.name]
-        if not path.is_file():
-            return f"{path}: is missing"
-        if path.stat().st_size != size:
-            return f"{path}: has {path.stat().st_size:,} bytes, {size:,} were written"
-        if _hash(path) != digest:
-            return f"{path}: is not what was written (sha256)"
+        try:
+            if not path.is_file():
+                return f"{path}: is missing"
+            if path.stat().st_size != size:
+                return f"{path}: has {path.stat().st_size:,} bytes, {size:,} were written"
+            if _hash(path) != digest:
+                return f"{path}: is not what was written (sha256)"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
     return ""
 
 

@@ -85,6 +85,9 @@ def train_step(
             engine.zero_grad()
             engine.micro_steps += 1
     applied = engine.was_step_applied() and (norm is None or bool(norm.isfinite()))
+    if not applied and stage.zero.stage in (1, 2) and stage.zero.offload_optimizer is not None:
+        for group in engine.optimizer.averaged_gradients:  # which DeepSpeed leaves as they are, to be added to
+            engine.optimizer.averaged_gradients[group] = None
     engine.module.after_step(applied)
     values = reduce_losses(losses, tokens, waited, device)
     values["lr"] = lr

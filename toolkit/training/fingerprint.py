@@ -17,6 +17,7 @@ from toolkit.collectives import PATIENCE, gather_texts, is_distributed
 from toolkit.watch import Diverged
 
 FACTS = ("step", "rows", "shapes of the batch", "slices", "weights")
+CHUNK = 2**24  # elements that a sum widens to int64 at a time
 VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes
 
 
@@ -89,8 +90,10 @@ def weights_digest(module: nn.Module, zero_stage: int, frozen: bool) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Sum of a tensor's bits, read as integers."""
-    return tensor.detach().contiguous().view(VIEWS[tensor.element_size()]).sum(dtype=torch.int64)
+    """Sum of a tensor's bits, read as integers; those of each chunk count by its place."""
+    whole = tensor.detach().contiguous().view(VIEWS[tensor.element_size()]).view(-1)
+    chunks = [chunk.sum(dtype=torch.int64) * place for place, chunk in enumerate(whole.split(CHUNK), start=1)]
+    return torch.stack(chunks).sum()
 
 
 def _shapes(batch: Any) -> Any:

@@ -144,6 +144,7 @@ def _run_steps(
     stage = recipe.stages[index]
     first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
     folder = stage_folder(run, recipe, index)
+    watch.at(state.step, "comparing them with the other ranks'", stage.guard.stall_minutes)
     fingerprints = Fingerprints(stage.guard.compare_weights_every, stage.zero.stage)
     saved, minutes = state.step, 0.0  # the first step may compile
     if device.type == "cuda":

@@ -6,22 +6,34 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from torch import distributed
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.cpp_extension import get_default_build_root
 
 from toolkit.collectives import PATIENCE
+from toolkit.last_words import store_of_first_rank, tell
+from toolkit.recipe import RecipeError
 
+SECONDS_TO_SAY, SECONDS_TO_ARRIVE = 45, 600
+"""After how long missing ranks are named, and given up: nodes with cold disks take minutes to import torch."""
 LONGEST_COMPILE_SECONDS = 120
 """How long a lock is left alone that no process of this machine holds: one of another machine may, in a shared home."""
 
 
 def start_distributed() -> torch.device:
-    """Join the process group (a group of one without a launcher) and return this rank's device."""
+    """Join the process group (a group of one without a launcher) and return this rank's device.
+
+    Raises:
+        RecipeError: if not all ranks are there within SECONDS_TO_ARRIVE.
+    """
     cuda = torch.cuda.is_available()
     if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -30,13 +42,66 @@ def start_distributed() -> torch.device:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if not cuda:
         clear_compiler_locks()
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)
+    backend = "nccl" if cuda else "gloo"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        store, own, ranks = roll_call(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=PATIENCE)
+    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
     if not cuda:
         _release_shared_memory()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def roll_call() -> Any:
+    """The store in which the ranks meet, once all are there: who is missing is said within a minute.
+
+    Each rank leaves the name of its host there, as "arrived/<rank>".
+
+    Raises:
+        RecipeError: on rank 0 with the ranks that have not come, on the others if they do not find rank 0.
+    """
+    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has opened it
+        address, port = place.rsplit(":", 1)
+        store = TCPStore(address, int(port), ranks, is_master=True, timeout=PATIENCE, wait_for_workers=False)
+    else:
+        store, said = store_of_first_rank(SECONDS_TO_SAY), ""
+        if store is None:
+            said = f"rank {own} ({socket.gethostname()}): finds no rank 0 at {place} for {SECONDS_TO_SAY} s"
+            tell(f"{said}; goes on trying for {SECONDS_TO_ARRIVE} s")
+            store = store_of_first_rank(SECONDS_TO_ARRIVE)
+        if store is None:
+            raise RecipeError(
+                f"{said}; see that the first node is up, that MASTER_ADDR is its address and that the port is open"
+            )
+        store.set_timeout(PATIENCE)
+    store.set(f"arrived/{own}", socket.gethostname())
+    if own == 0:
+        _wait_for_all(store, ranks)
+        store.set("all arrived", "")
+    store.wait(["all arrived"], timedelta(seconds=2 * SECONDS_TO_ARRIVE))
+    return store
+
+
+def _wait_for_all(store: Any, ranks: int) -> None:
+    began, said = time.monotonic(), False
+    while missing := [rank for rank in range(ranks) if not store.check([f"arrived/{rank}"])]:
+        waited = time.monotonic() - began
+        if waited > SECONDS_TO_SAY:
+            there = Counter(store.get(f"arrived/{r}").decode() for r in range(ranks) if r not in missing)
+            hosts = ", ".join(f"{host} ({count})" for host, count in there.items())
+            named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            problem = f"{len(missing)} of {ranks} ranks have not come for {waited:.0f} s: {named}; there are {hosts}"
+            if waited > SECONDS_TO_ARRIVE:
+                raise RecipeError(f"{problem}; see what these nodes say (ssh, .venv, --enable_each_rank_log)")
+            if not said:
+                tell(f"{problem}; waiting for {SECONDS_TO_ARRIVE} s")
+                said = True
+        time.sleep(0.2)
 
 
 def _release_shared_memory() -> None:

@@ -9,12 +9,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from toolkit.collectives import rank, world_size
@@ -35,7 +29,9 @@ class Piece(NamedTuple):
 
 
 def pieces(engine: Any) -> Iterator[Piece]:
-    """This rank's pieces of every trainable parameter, in the model's order; together the ranks' own ones are all."""
+    """This rank's pieces of every trainable parameter; together the ranks' own ones are all. Each is to be read or
+    written before the next is asked for: at ZeRO 3 it may lie on NVMe.
+    """
     zero, optimizer = engine.zero_optimization_stage(), engine.optimizer
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if zero == 0:
@@ -49,10 +45,18 @@ def pieces(engine: Any) -> Iterator[Piece]:
             if parameter._hp_mapping is not None:  # else all of it is other ranks'
                 yield _fragment(name, parameter._hp_mapping, _adam(engine))
     else:
-        for name, parameter in named:
-            piece = _partition(name, parameter)
-            if piece.size > 0:
-                yield piece
+        names = {parameter: name for name, parameter in named}
+        for number, group in enumerate(optimizer.fp16_groups):
+            with _in_memory(engine, number):
+                place = 0
+                for parameter in group:
+                    part = parameter.ds_tensor.ds_numel  # every parameter is cut into equal parts, the last filled up
+                    start = part * rank()
+                    size = min(part, parameter.ds_numel - start)
+                    if size > 0:
+                        flat = optimizer.fp32_partitioned_groups_flat[number]
+                        yield _run(names[parameter], start, size, flat, place, _adam(engine))
+                    place += part
 
 
 def steps_taken(engine: Any) -> int:
@@ -139,31 +143,14 @@ def _into(tensor: Callable[[str], Tensor]) -> Callable[[str, Tensor], None]:
 def _fragment(name: str, mapping: Any, adam: Any) -> Piece:
     """ZeRO 1 and 2: a rank's part of all parameters lies in one flat tensor a group."""
     flat = adam.param_groups[mapping.param_group_index]["params"][0]
-    place, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+    whole, own = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return _run(name, whole.start, own.numel, flat, own.start, adam)
+
+
+def _run(name: str, start: int, size: int, flat: Tensor, place: int, adam: Any) -> Piece:
+    """The piece that lies at `place` of a flat tensor."""
 
     def tensor(key: str) -> Tensor:
         return (flat.detach() if key == WEIGHT else adam.state[flat][key]).narrow(0, place, size)
 
-    start = mapping.lp_fragment_address.start
     return Piece(name, start, size, True, tensor, _into(tensor))
-
-
-def _partition(name: str, parameter: Any) -> Piece:
-    """ZeRO 3: every parameter is cut into equal parts, the last ones filled up."""
-    part = safe_get_local_fp32_param(parameter).numel()
-    start = part * rank()
-    size = min(part, parameter.ds_numel - start)
-
-    def read(key: str) -> Tensor:
-        whole = safe_get_local_fp32_param(parameter) if key == WEIGHT else None
-        return (safe_get_local_optimizer_state(parameter, key) if whole is None else whole)[:size]
-
-    def write(key: str, value: Tensor) -> None:
-        filled = value.new_zeros(part)
-        filled[:size] = value
-        if key == WEIGHT:
-            safe_set_local_fp32_param(parameter, filled)
-        else:
-            safe_set_local_optimizer_state(parameter, filled, key)
-
-    return Piece(name, start, size, True, read, write)
