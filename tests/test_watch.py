@@ -21,7 +21,7 @@ def test_a_rank_is_dead_when_it_is_not_heard_of() -> None:
     assert verdict(ranks, HOSTS, DEAD_SECONDS) == ""
     heard = [ranks[0]._replace(beat_at=1.0), ranks[1]._replace(beat_at=1.0), ranks[2]]
     said = verdict(heard, HOSTS, DEAD_SECONDS + 0.5)
-    assert said.startswith("rank 2 (b): not heard of for 30 s: killed, stopped, or its machine is down or cut off; ")
+    assert said.startswith("rank 2 (b): not heard of for 20 s: killed, stopped, or its machine is down or cut off; ")
     assert "last seen at step 7, computing; the same command goes on from the last checkpoint" in said
     # sooner where a collective operation has failed
     troubled = [heard[0]._replace(status=heard[0].status._replace(troubled=True), beat_at=TROUBLED_SECONDS), *heard[1:]]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_errors import one_stage, start
+from in_process import one_stage, start
 
 from toolkit.training.metrics import Log
 

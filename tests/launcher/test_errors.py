@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from beir import write_beir
 from distributed import WORKERS, launch
+from in_process import files_below, one_stage, start
 from recipe_changes import changed
 from safetensors import SafetensorError
 from tiny import save_model
@@ -24,42 +24,6 @@ from toolkit.training import loop
 
 REPOSITORY = Path(__file__).parent.parent.parent
 QUICKSTART = REPOSITORY / "recipes" / "quickstart.json"
-
-
-def one_stage(folder: Path, *changes: tuple[str, Any]) -> dict[str, Any]:
-    """The first stage of the tiny recipe on a folder of 12 short documents."""
-    data = folder / "data"
-    data.mkdir(exist_ok=True)
-    lines = [json.dumps({"text": "\n".join(f"def f{i}_{j}(x): return x" for j in range(6))}) for i in range(12)]
-    (data / "documents.jsonl").write_text("\n".join(lines) + "\n")
-    recipe = changed(
-        ("stages.0.data.sources", [{"folder": str(data)}]),
-        ("stages.0.optim.steps", 1),
-        ("stages.0.export.merged", False),
-    )
-    recipe["stages"] = recipe["stages"][:1]
-    for key, value in changes:
-        *parents, last = key.split(".")
-        node: Any = recipe
-        for part in parents:
-            node = node[int(part)] if part.isdecimal() else node[part]
-        node[last] = value
-    return recipe
-
-
-def start(folder: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
-    """launcher/run.py in this process."""
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(recipe))
-    monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--output", str(folder / "run"), *options])
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if not torch.distributed.is_initialized():
-            monkeypatch.delenv(name, raising=False)
-    return launcher.main()
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 def test_a_typo_is_answered_at_once_and_alone() -> None:

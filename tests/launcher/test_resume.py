@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_process import files_below, one_stage, start
 from recipe_changes import changed
 from safetensors.numpy import load_file
-from test_errors import files_below, one_stage, start
 
 from toolkit.objectives import Loss
 from toolkit.objectives.language_model import LanguageModel
@@ -201,18 +201,18 @@ def test_a_loss_that_is_not_finite_changes_nothing(rule, tmp_path, monkeypatch, 
     guard = recipe["stages"][0]["guard"] = {"non_finite": rule}
     clean, run = tmp_path / "clean", tmp_path / "run"
     assert start(tmp_path, recipe, monkeypatch, "--output", str(clean)) == 0
-    steps, loss = iter(range(100)), LanguageModel.forward
+    forwards, loss = iter(range(100)), LanguageModel.forward  # two a step
 
     def poisoned(self: LanguageModel, batch: Any) -> Loss:
         found = loss(self, batch)
-        return Loss(found.total / (next(steps) != 1), found.parts)
+        return Loss(found.total / (next(forwards) != 2), found.parts)
 
     with monkeypatch.context() as faulty:
         faulty.setattr(LanguageModel, "forward", poisoned)
         assert start(tmp_path, recipe, monkeypatch) == (2 if rule == "stop" else 0)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     (found,) = [json.loads(line) for line in (run / STAGE / "not_finite.jsonl").read_text().splitlines()]
-    assert found["step"] == 2 and found["loss"] == "inf" and np.array(found["pools"]).shape == (1, 4)
+    assert found["step"] == 2 and found["loss"] == "inf" and np.array(found["pools"]).shape == (2, 4)
     states = run / STAGE / "checkpoints"
     if rule == "stop":
         assert error.startswith("step 2: loss inf, gradient norm ") and "its rows are " in error

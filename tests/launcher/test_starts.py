@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from beir import write_beir
+from in_process import one_stage, start
 from recipe_changes import RECIPES
-from test_errors import one_stage, start
 
 import eval.evaluate
 from launcher.starts import origin, start_label, with_suites

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from beir import write_beir
 from distributed import launch
+from in_process import one_stage, start
 from recipe_changes import RECIPES
-from test_errors import one_stage, start
 
 from eval.significance import compare
 from launcher.stop import check_stops, reason_to_stop

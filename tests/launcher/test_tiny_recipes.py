@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import start
 from recipe_changes import RECIPES
 from safetensors.torch import load_file
-from test_errors import start
 
 from toolkit.data import stdlib_corpus
 
