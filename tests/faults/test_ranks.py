@@ -41,10 +41,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(recipe: Path) -> Path:
     """The folder of a run on two ranks without a fault."""
-    folder = recipe.parent / "whole"
-    done = launch("launcher/run.py", 2, str(recipe), "--output", str(folder))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return folder
+    go_on(recipe, recipe.parent / "whole")
+    return recipe.parent / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole_of_three(recipe: Path) -> Path:
+    go_on(recipe, recipe.parent / "whole_of_three", ranks=3)
+    return recipe.parent / "whole_of_three"
 
 
 def run_with(
@@ -127,15 +131,15 @@ def test_a_rank_that_stands_still_or_differs_is_named(
     [("kill", 1, 5), ("kill", 0, 5), ("kill_saving", 1, 6), ("freeze", 1, 5), ("freeze", 0, 5)],
 )
 def test_a_rank_that_dies_ends_the_others(
-    what: str, rank: int, step: int, recipe: Path, whole: Path, tmp_path: Path
+    what: str, rank: int, step: int, recipe: Path, whole_of_three: Path, tmp_path: Path
 ) -> None:
     """In a step or in a save; the save before it stays, and the run goes on from there."""
     done, said, seconds = run_with(f"{what} {rank} {step}", recipe, tmp_path / "run", ranks=3)
     assert done.returncode not in (0, 1), said[-20:]
     named = [line for line in said if re.match(rf"rank {rank} \(.+\): (not heard of for|does not answer)", line)]
     assert named and seconds < 150, (seconds, said[-20:])
-    assert go_on(recipe, tmp_path / "run") == 4
-    assert_same_run(tmp_path / "run", whole)
+    assert go_on(recipe, tmp_path / "run", ranks=3) == 4
+    assert_same_run(tmp_path / "run", whole_of_three)
 
 
 def test_other_numbers_of_ranks_go_on(recipe: Path, whole: Path, tmp_path: Path) -> None:
