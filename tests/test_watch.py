@@ -75,16 +75,16 @@ def test_a_process_alone_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(watch, "tell", said.append)
     monkeypatch.setattr(watch.os, "_exit", leave)
     with Watch() as watched:
-        for step in range(8):
-            watched.at(step, COMPUTING, 0.3 / 60)
-            time.sleep(0.1)
-        watched.at(8, "saving", 0)
-        time.sleep(0.6)
+        for step in range(15):
+            watched.at(step, COMPUTING, 1.5 / 60)
+            time.sleep(0.15)
+        watched.at(15, "saving", 0)
+        time.sleep(2)
         assert not said and not codes
-        watched.at(9, COMPUTING, 0.3 / 60)
+        watched.at(16, COMPUTING, 0.3 / 60)
         assert stopped.wait(20)
     assert codes == [watch.LOST] and len(said) == 1
-    assert said[0].startswith("\nrank 0 (") and "no progress for 0.005 minutes, at step 9, computing" in said[0]
+    assert said[0].startswith("\nrank 0 (") and "no progress for 0.005 minutes, at step 16, computing" in said[0]
 
 
 def test_after_a_suspension_the_count_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
