@@ -8,16 +8,20 @@ import secrets
 import socket
 import time
 from collections import Counter, defaultdict
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from toolkit.collectives import gather_texts, on_rank_zero, rank, world_size
+from torch.distributed import DistStoreError
+
 from toolkit.recipe import Recipe, RecipeError
 
 PACKAGES = ("torch", "deepspeed", "transformers")
+SECONDS_TO_ANSWER = 120
 SECONDS_TO_APPEAR = 5
 """How long a rank looks for the file that rank 0 has written: a network file system may show it late."""
+_PROBE, _VERDICT = "preflight/file of rank 0", "preflight/problems"
 _FIXES = {
     **dict.fromkeys(("python", *PACKAGES), "use one .venv on all nodes, or install with constraints.txt on each"),
     "digest of the recipe": "give all nodes the same checkout and the same recipe file",
@@ -25,30 +29,57 @@ _FIXES = {
 }
 
 
-def compare_ranks(recipe: Recipe, run: Path) -> None:
+def compare_ranks(store: Any, recipe: Recipe, run: Path) -> None:
     """Check that all ranks have the same versions, the same recipe and one run folder that all may write in.
 
-    Nothing is left behind: the run folder is not made, and the files that ranks write for each other are removed.
+    Through the store in which the ranks have met, before NCCL or gloo starts: versions that differ may end that without
+    a word of the reason. Nothing is left behind: the run folder is not made, the files that ranks write for each other
+    are removed.
 
     Raises:
-        RecipeError: on all ranks the same, one line a problem, with the hosts that differ from most and the fix;
-            RankZeroFailed on the others where rank 0 itself cannot write.
+        RecipeError: on all ranks the same, one line a problem, with the hosts that differ from most and the fix; or
+            that a rank does not answer.
     """
-    if world_size() == 1:
-        return
-    probe = Path(on_rank_zero(lambda: str(_write_probe(run))))
+    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if own > 0:
+        (probe,) = _answers(store, [_PROBE], SECONDS_TO_ANSWER)
+        store.set(f"preflight/{own}", json.dumps(own_facts(recipe, run, Path(probe) if probe else None)))
+        (problems,) = _answers(store, [_VERDICT], 2 * SECONDS_TO_ANSWER)
+    else:
+        probe = _probe(run)
+        denied = _denied(probe, keep=True)
+        try:
+            store.set(_PROBE, "" if denied else str(probe))
+            facts = own_facts(recipe, run, None if denied else probe)
+            answers = _answers(store, [f"preflight/{rank}" for rank in range(1, ranks)], SECONDS_TO_ANSWER)
+        finally:
+            if not denied:
+                probe.unlink(missing_ok=True)
+        everyone = [facts | {"denied": denied or facts["denied"]}, *map(json.loads, answers)]
+        problems = "\n".join(differences(everyone))
+        store.set(_VERDICT, problems)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _answers(store: Any, keys: list[str], seconds: float) -> list[str]:
+    """What other ranks have left under these keys: "preflight/<rank>", or rank 0 under its own."""
     try:
-        facts = [json.loads(text) for text in gather_texts(json.dumps(own_facts(recipe, run, probe)))]
-    finally:
-        if rank() == 0:
-            probe.unlink(missing_ok=True)
-    if problems := differences(facts):
-        raise RecipeError("\n".join(problems))
+        store.wait(keys, timedelta(seconds=seconds))
+    except DistStoreError:
+        missing = [key.removeprefix("preflight/") for key in keys if not store.check([key])]
+        ranks = [int(key) if key.isdecimal() else 0 for key in missing]
+        named = ", ".join(f"rank {rank} ({store.get(f'arrived/{rank}').decode()})" for rank in ranks[:8])
+        raise RecipeError(
+            f"{named}: no answer for {seconds} s; see what its node says, and that the disk of {Path.cwd()} and of the "
+            "run folder answers there"
+        ) from None
+    return [text.decode() for text in store.multi_get(keys)]
 
 
-def own_facts(recipe: Recipe, run: Path, probe: Path) -> dict[str, Any]:
-    """What this rank has, by the names in which it is told; `probe` is the file that rank 0 has written."""
-    shared = _appears(probe)
+def own_facts(recipe: Recipe, run: Path, probe: Path | None) -> dict[str, Any]:
+    """What this rank has, by the names in which it is told; `probe` is the file of rank 0, None without one."""
+    shared = probe is None or _appears(probe)
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -56,7 +87,7 @@ def own_facts(recipe: Recipe, run: Path, probe: Path) -> dict[str, Any]:
         "digest of the recipe": hashlib.sha256(recipe.to_json().encode()).hexdigest()[:16],
         "run folder": str(run),
         "shared": shared,
-        "denied": _denied(probe.with_name(f"{probe.name}_{rank()}")) if shared else "",
+        "denied": _denied(probe.with_name(f"{probe.name}_{os.environ['RANK']}")) if probe and shared else "",
     }
 
 
@@ -83,7 +114,7 @@ def differences(facts: list[dict[str, Any]]) -> list[str]:
         )
     for reason in dict.fromkeys(fact["denied"] for fact in facts if fact["denied"]):
         odd = _hosts(facts, [fact["denied"] == reason for fact in facts])
-        problems.append(_cannot_write(run, odd, reason))
+        problems.append(f"{run}: cannot be written on {odd} ({reason}); allow it there, or choose another --output")
     return problems
 
 
@@ -104,15 +135,12 @@ def _numbers(ranks: list[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def _write_probe(run: Path) -> Path:
-    """A new file where the run folder is, or will be made."""
+def _probe(run: Path) -> Path:
+    """The path of a new file where the run folder is, or will be made."""
     place = next(
         folder for folder in (run, *run.parents) if os.path.exists(folder)
     )  # False also where this user may not look
-    probe = place / f".seen_by_all_{secrets.token_hex(8)}"
-    if reason := _denied(probe, keep=True):
-        raise RecipeError(_cannot_write(str(run), f"{socket.gethostname()} (rank 0)", reason))
-    return probe
+    return place / f".seen_by_all_{secrets.token_hex(8)}"
 
 
 def _denied(path: Path, keep: bool = False) -> str:
@@ -124,10 +152,6 @@ def _denied(path: Path, keep: bool = False) -> str:
     except OSError as error:
         return error.strerror or type(error).__name__
     return ""
-
-
-def _cannot_write(run: str, hosts: str, reason: str) -> str:
-    return f"{run}: cannot be written on {hosts} ({reason}); allow it there, or choose another --output"
 
 
 def _appears(probe: Path) -> bool:

@@ -52,9 +52,8 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     """
     from toolkit.training.process_group import start_distributed
 
-    device = start_distributed()
+    device = start_distributed(lambda store: compare_ranks(store, recipe, run))
     with Watch() as watch, ExitStack() as held:
-        compare_ranks(recipe, run)
         on_rank_zero(lambda: check_ahead(recipe, world_size()))
         on_rank_zero(lambda: open_run(recipe, run, held))
         _run_stages(recipe, run, only, device, watch)

@@ -6,10 +6,20 @@ import time
 import pytest
 
 from toolkit import watch
-from toolkit.watch import DEAD_SECONDS, PHASES, TROUBLED_SECONDS, Seen, Status, Watch, seen_now, verdict
+from toolkit.watch import (
+    COMPARING,
+    COMPUTING,
+    DEAD_SECONDS,
+    TROUBLED_SECONDS,
+    WAITING,
+    Seen,
+    Status,
+    Watch,
+    seen_now,
+    verdict,
+)
 
 HOSTS = ["a", "a", "b"]
-WAITING, COMPARING, COMPUTING, LOGGING = PHASES
 
 
 def alive(status: Status, beat_at: float = 0.0, moved_at: float = 0.0) -> Seen:

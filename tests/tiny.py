@@ -18,7 +18,7 @@ VOCABULARY = 96
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def save_model(folder: Path, kind: str, seed: int = 0, tie: bool = False) -> Path:
+def save_model(folder: Path, kind: str, seed: int = 0, tie: bool = False, width: int = 32) -> Path:
     """A random two-layer model of a transformers model type, saved to a folder.
 
     A causal language model without tokenizer; "bert": a bidirectional encoder, as published (with a pooling layer), and
@@ -28,8 +28,8 @@ def save_model(folder: Path, kind: str, seed: int = 0, tie: bool = False) -> Pat
     config = AutoConfig.for_model(
         kind,
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         max_position_embeddings=64,
         tie_word_embeddings=tie,

@@ -32,6 +32,7 @@ ASLEEP_SECONDS = 5 * BEAT_SECONDS
 """A thread that did not come round for so long slept, and cannot tell how long others were silent."""
 _VERDICT = "watch/verdict"
 PHASES = ("waiting for its rows", "comparing them with the other ranks'", "computing", "logging")
+WAITING, COMPARING, COMPUTING, LOGGING = PHASES
 PACKAGE = str(Path(__file__).parent)
 
 
@@ -120,13 +121,13 @@ class Watch:
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
         self._store: Any = None
-        self._hosts = [socket.gethostname()]
+        self.hosts = [socket.gethostname()]
         if world_size() > 1:
             self._store = store_of_first_rank(WAIT_SECONDS)
             if self._store is None:
                 raise RuntimeError(f"rank {rank()} no longer finds the store of rank 0")
             arrived = [f"arrived/{r}" for r in range(world_size())]  # by toolkit.training.process_group
-            self._hosts = [host.decode() for host in self._store.multi_get(arrived)]
+            self.hosts = [host.decode() for host in self._store.multi_get(arrived)]
         self._seen: list[Seen | None] = [None] * world_size()
 
     def at(self, step: int, phase: str, minutes: float) -> None:
@@ -168,7 +169,7 @@ class Watch:
                     return
                 if rank() == 0:
                     reason = " ".join(str(error).split())[:200]
-                    tell(f"rank 0 ({self._hosts[0]}): can no longer watch the others: {reason}")
+                    tell(f"rank 0 ({self.hosts[0]}): can no longer watch the others: {reason}")
                     os._exit(LOST)
                 self._first_rank_is_gone()
 
@@ -211,7 +212,7 @@ class Watch:
             self._seen = [seen and seen._replace(beat_at=now, moved_at=now) for seen in self._seen]
         if self._store is not None and self._store.check([OTHER_KEY]):
             os._exit(2)  # as the rank did that has said what is wrong
-        problem = verdict([seen for seen in self._seen if seen is not None], self._hosts, now)
+        problem = verdict([seen for seen in self._seen if seen is not None], self.hosts, now)
         if problem:
             tell(f"\n{problem}")  # a progress bar may stand on the line
             if self._store is not None:
@@ -221,9 +222,9 @@ class Watch:
 
     def _first_rank_is_gone(self) -> None:
         """Said once on every machine."""
-        others = [r for r in range(1, world_size()) if self._hosts[r] == self._hosts[rank()]]
+        others = [r for r in range(1, world_size()) if self.hosts[r] == self.hosts[rank()]]
         if rank() == others[0]:
-            said = f"rank 0 ({self._hosts[0]}): does not answer rank {rank()} ({self._hosts[rank()]}), which is"
+            said = f"rank 0 ({self.hosts[0]}): does not answer rank {rank()} ({self.hosts[rank()]}), which is"
             tell(f"\n{said} {_place(self._own)}: killed, stopped, or its machine is down or cut off; {_ADVICE}")
         os._exit(LOST)
 

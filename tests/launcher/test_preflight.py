@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import WORKERS, launch
+from distributed import WORKERS, free_port, launch
 from recipe_changes import TINY
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from launcher import preflight
 from launcher.preflight import compare_ranks, differences, own_facts
@@ -67,6 +68,7 @@ def recipe(tmp_path: Path):
 
 
 def test_a_rank_tells_what_it_has(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     probe = tmp_path / "probe"
     probe.touch()
     before = sorted(tmp_path.iterdir())
@@ -80,13 +82,36 @@ def test_a_rank_tells_what_it_has(recipe, tmp_path, monkeypatch) -> None:
     assert own_facts(changed, tmp_path, probe)["digest of the recipe"] != facts["digest of the recipe"]
 
 
-def test_a_folder_that_rank_0_cannot_write_is_refused(recipe, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "world_size", lambda: 2)
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch):
+    """The store of two ranks, of which this process is the first."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    store = TCPStore("127.0.0.1", int(free_port()), 2, is_master=True, wait_for_workers=False)
+    store.set("arrived/1", "node2")
+    return store
+
+
+def test_a_folder_that_rank_0_cannot_write_is_refused(recipe, tmp_path, two_ranks) -> None:
+    """What the other has is told all the same."""
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match=rf"file/run: cannot be written on {socket.gethostname()} \(rank 0\) \("):
-        compare_ranks(recipe, tmp_path / "file" / "run")
-    compare_ranks(recipe, tmp_path / "not" / "made")
+    other = own_facts(recipe, tmp_path / "file" / "run", None) | {"host": "node2", "torch": "2.0.1"}
+    two_ranks.set("preflight/1", json.dumps(other))
+    with pytest.raises(RecipeError) as raised:
+        compare_ranks(two_ranks, recipe, tmp_path / "file" / "run")
+    version, denied = str(raised.value).splitlines()
+    assert version.startswith("torch: 2.0.1 on node2 (rank 1), but ")
+    assert re.search(rf"file/run: cannot be written on {socket.gethostname()} \(rank 0\) \(", denied)
+    two_ranks.set("preflight/1", json.dumps(other | own_facts(recipe, tmp_path / "not" / "made", None)))
+    compare_ranks(two_ranks, recipe, tmp_path / "not" / "made")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "recipe.json"]
+
+
+def test_a_rank_that_does_not_answer_is_named(recipe, tmp_path, two_ranks, monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "SECONDS_TO_ANSWER", 0.5)
+    with pytest.raises(RecipeError, match=r"^rank 1 \(node2\): no answer for 0.5 s; "):
+        compare_ranks(two_ranks, recipe, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
 def test_an_odd_rank_is_refused_in_a_run(tmp_path: Path) -> None:

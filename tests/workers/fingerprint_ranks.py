@@ -1,6 +1,7 @@
 """Worker: comparisons before steps, in each of which rank 1 differs in one thing. What each rank got is the answer."""
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Small(Objective):
 
 def compared(fact: str) -> Any:
     odd, module, batches = rank() == 1, Small(), random_pools(2, 4)
-    fingerprints = Fingerprints(weights_every=2, zero_stage=1)
+    fingerprints = Fingerprints(gather_texts(socket.gethostname()), weights_every=2, zero_stage=1)
     if odd and fact == "shapes of the batch":
         batches = random_pools(2, 6)
     if odd and fact == "slices":

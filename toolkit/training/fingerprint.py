@@ -4,7 +4,6 @@ Called by the training loop on every rank. Over gloo, on the CPU, whatever the r
 """
 
 import hashlib
-import socket
 from collections import Counter
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from toolkit import slicing
-from toolkit.collectives import PATIENCE, gather_texts, is_distributed
+from toolkit.collectives import PATIENCE, is_distributed
 from toolkit.watch import Diverged
 
 FACTS = ("step", "rows", "shapes of the batch", "slices", "weights")
@@ -24,12 +23,15 @@ VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of s
 class Fingerprints:
     """A channel of its own between the ranks; toolkit.watch tells if one of them does not come to a comparison."""
 
-    def __init__(self, weights_every: int, zero_stage: int) -> None:
-        """Weights are compared at the first step and then every so many; called on all ranks."""
-        self._weights_every, self._zero_stage = weights_every, zero_stage
+    def __init__(self, hosts: list[str], weights_every: int, zero_stage: int) -> None:
+        """Weights are compared at the first step and then every so many; called on all ranks.
+
+        Args:
+            hosts: of every rank.
+        """
+        self._hosts, self._weights_every, self._zero_stage = hosts, weights_every, zero_stage
         self._first = True
         self._group = distributed.new_group(backend="gloo", timeout=PATIENCE) if is_distributed() else None
-        self._hosts = gather_texts(socket.gethostname())
 
     def compare(self, step: int, digest: str, batches: list[Any], module: nn.Module, asked: bool) -> bool:
         """Whether any rank `asked`, once all agree on what step they take with what.

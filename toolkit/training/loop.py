@@ -45,7 +45,7 @@ from toolkit.training.feed import Feed, open_feed, stage_folder
 from toolkit.training.fingerprint import Fingerprints
 from toolkit.training.metrics import Log, peak_memory_gib
 from toolkit.training.numbers import derived, render
-from toolkit.watch import Watch
+from toolkit.watch import COMPARING, COMPUTING, LOGGING, WAITING, Watch
 
 
 class StageResult(NamedTuple):
@@ -144,8 +144,8 @@ def _run_steps(
     stage = recipe.stages[index]
     first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
     folder = stage_folder(run, recipe, index)
-    watch.at(state.step, "comparing them with the other ranks'", stage.guard.stall_minutes)
-    fingerprints = Fingerprints(stage.guard.compare_weights_every, stage.zero.stage)
+    watch.at(state.step, COMPARING, stage.guard.stall_minutes)
+    fingerprints = Fingerprints(watch.hosts, stage.guard.compare_weights_every, stage.zero.stage)
     saved, minutes = state.step, 0.0  # the first step may compile
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -163,10 +163,10 @@ def _run_steps(
             mininterval=2,
         ) as bar,
     ):
-        watch.at(state.step + 1, "waiting for its rows", minutes)
+        watch.at(state.step + 1, WAITING, minutes)
         for data in stream:
             waited = time.perf_counter() - began
-            watch.at(data.step + 1, "comparing them with the other ranks'", minutes)
+            watch.at(data.step + 1, COMPARING, minutes)
             if fingerprints.compare(data.step + 1, data.digest, data.batches, engine.module, asked_to_stop()):
                 if saved < state.step:
                     watch.at(state.step, "saving", 0)
@@ -175,9 +175,9 @@ def _run_steps(
                     f"stage {stage.name}: asked to stop ({signal.SIGTERM.name} or {signal.SIGUSR1.name}), saved at "
                     f"step {state.step}; the same command goes on from there"
                 )
-            watch.at(data.step + 1, "computing", minutes)
+            watch.at(data.step + 1, COMPUTING, minutes)
             values = train_step(engine, stage, data.batches, data.step, recipe.seed, waited, device)
-            watch.at(data.step + 1, "logging", minutes)
+            watch.at(data.step + 1, LOGGING, minutes)
             spent = time.perf_counter() - began
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             if not finite:
@@ -203,7 +203,7 @@ def _run_steps(
                 save_checkpoint(engine, folder / "checkpoints", state, stage.save.keep)
                 saved = state.step
             began, minutes = time.perf_counter(), stage.guard.stall_minutes
-            watch.at(state.step + 1, "waiting for its rows", minutes)
+            watch.at(state.step + 1, WAITING, minutes)
     return state
 
 

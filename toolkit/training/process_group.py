@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +29,11 @@ LONGEST_COMPILE_SECONDS = 120
 """How long a lock is left alone that no process of this machine holds: one of another machine may, in a shared home."""
 
 
-def start_distributed() -> torch.device:
+def start_distributed(check: Callable[[Any], None] | None = None) -> torch.device:
     """Join the process group (a group of one without a launcher) and return this rank's device.
+
+    Args:
+        check: called on every rank of several with the store in which they have met, before NCCL or gloo starts.
 
     Raises:
         RecipeError: if not all ranks are there within SECONDS_TO_ARRIVE.
@@ -45,6 +49,8 @@ def start_distributed() -> torch.device:
     backend = "nccl" if cuda else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, own, ranks = roll_call(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if check is not None:
+            check(store)
         distributed.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=PATIENCE)
     deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
     if not cuda:
