@@ -16,7 +16,7 @@ import numpy as np
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
 from toolkit.data.records import Collection, check_encodable
-from toolkit.files import expanded
+from toolkit.files import expanded, sha256
 from toolkit.recipe import RecipeError, one_line
 
 QUICK_DOCUMENTS = 2_000
@@ -68,8 +68,7 @@ def files_digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            with path.open("rb") as file:
-                digest.update(json.dumps([name.as_posix(), hashlib.file_digest(file, "sha256").hexdigest()]).encode())
+            digest.update(json.dumps([name.as_posix(), sha256(path)]).encode())
     return digest.hexdigest()[:16]
 
 

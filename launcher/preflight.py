@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import DistStoreError
 
 from toolkit.recipe import Recipe, RecipeError
@@ -24,13 +25,14 @@ SECONDS_TO_APPEAR = 5
 _PROBE, _VERDICT = "preflight/file of rank 0", "preflight/problems"
 _FIXES = {
     **dict.fromkeys(("python", *PACKAGES), "use one .venv on all nodes, or install with constraints.txt on each"),
+    "device": "see nvidia-smi and CUDA_VISIBLE_DEVICES there, and the slots of the hostfile",
     "digest of the recipe": "give all nodes the same checkout and the same recipe file",
     "run folder": "start in the same folder on all nodes, or give --output a path that is one on all of them",
 }
 
 
 def compare_ranks(store: Any, recipe: Recipe, run: Path) -> None:
-    """Check that all ranks have the same versions, the same recipe and one run folder that all may write in.
+    """Check that all ranks have the same versions, devices and recipe, and one run folder that all may write in.
 
     Through the store in which the ranks have met, before NCCL or gloo starts: versions that differ may end that without
     a word of the reason. Nothing is left behind: the run folder is not made, the files that ranks write for each other
@@ -84,11 +86,20 @@ def own_facts(recipe: Recipe, run: Path, probe: Path | None) -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "device": _device(),
         "digest of the recipe": hashlib.sha256(recipe.to_json().encode()).hexdigest()[:16],
         "run folder": str(run),
         "shared": shared,
         "denied": _denied(probe.with_name(f"{probe.name}_{os.environ['RANK']}")) if probe and shared else "",
     }
+
+
+def _device() -> str:
+    """What this rank will train on."""
+    if not torch.cuda.is_available():
+        return "CPU"
+    count = torch.cuda.device_count()
+    return "a GPU" if int(os.environ["LOCAL_RANK"]) < count else f"only {count} GPUs for more ranks"
 
 
 def differences(facts: list[dict[str, Any]]) -> list[str]:

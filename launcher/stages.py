@@ -3,22 +3,19 @@
 Called by launcher/run.py on every rank, with a valid recipe. A finished stage is skipped, an unfinished one goes on.
 """
 
-import errno
-import fcntl
 import json
-import os
 import platform
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from launcher.lock import LOCK, locked
 from launcher.preflight import compare_ranks
 from launcher.starts import (
     bm25_is_scored,
@@ -37,7 +34,6 @@ from toolkit.prepare import on_every_rank
 from toolkit.recipe import Recipe, RecipeError, batch_numbers
 from toolkit.watch import Watch
 
-LOCK = ".lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
 PACKAGES += ("pytrec-eval-terrier", "scipy", "numpy")
 
@@ -188,29 +184,12 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
         elif run.exists() and any(entry.name != LOCK for entry in run.iterdir()):
             raise RecipeError(f"{run}: is not empty and holds no recipe.json; choose another --output")
         run.mkdir(parents=True, exist_ok=True)
-        held.enter_context(_locked(run))
+        held.enter_context(locked(run))
         replace_text(path, recipe.to_json())
         replace_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{run}: cannot be used as run folder ({reason}); choose another --output") from None
-
-
-def _locked(run: Path) -> TextIO:
-    """An open file that holds the run folder; RecipeError if a process that is alive does."""
-    file = (run / LOCK).open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise RecipeError(f"{run}: is in use by {file.read().strip()}; wait for its end, or end it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-            raise
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
 
 
 def _logged_stages(log: Path) -> set[str]:

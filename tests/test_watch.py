@@ -11,6 +11,7 @@ from toolkit.watch import (
     COMPUTING,
     DEAD_SECONDS,
     TROUBLED_SECONDS,
+    UNHEARD_SECONDS,
     WAITING,
     Seen,
     Status,
@@ -27,7 +28,7 @@ def alive(status: Status, beat_at: float = 0.0, moved_at: float = 0.0) -> Seen:
 
 
 def test_a_rank_is_dead_when_it_is_not_heard_of() -> None:
-    ranks = [alive(Status(step=7, phase=COMPUTING)) for _ in HOSTS]
+    ranks = [alive(Status(beat=1, step=7, phase=COMPUTING)) for _ in HOSTS]
     assert verdict(ranks, HOSTS, DEAD_SECONDS) == ""
     heard = [ranks[0]._replace(beat_at=1.0), ranks[1]._replace(beat_at=1.0), ranks[2]]
     said = verdict(heard, HOSTS, DEAD_SECONDS + 0.5)
@@ -37,6 +38,10 @@ def test_a_rank_is_dead_when_it_is_not_heard_of() -> None:
     troubled = [heard[0]._replace(status=heard[0].status._replace(troubled=True), beat_at=TROUBLED_SECONDS), *heard[1:]]
     assert verdict(troubled, HOSTS, TROUBLED_SECONDS + 0.5).startswith("rank 2 (b): not heard of for 8 s")
     assert verdict(heard, HOSTS, TROUBLED_SECONDS + 0.5) == ""
+    # later where it never said a word, as it may still prepare its GPU
+    never = [*(alive(ranks[0].status, UNHEARD_SECONDS) for _ in range(2)), alive(Status())]
+    assert verdict(never, HOSTS, UNHEARD_SECONDS) == ""
+    assert verdict(never, HOSTS, UNHEARD_SECONDS + 0.4).startswith("rank 2 (b): not heard of for 45 s")
 
 
 def test_the_rank_that_is_furthest_behind_is_named() -> None:
@@ -72,6 +77,8 @@ def test_progress_is_a_step_a_phase_or_a_slice() -> None:
         assert seen_now(beat, beat.status._replace(**change), 103.0).moved_at == 103.0
 
 
+# what ends the thread here is os._exit in a run
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_process_alone_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so and ends; one that gets on does not, nor one that saves."""
     said, codes, stopped = [], [], threading.Event()

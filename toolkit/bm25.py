@@ -17,7 +17,7 @@ import bm25s
 import numpy as np
 import Stemmer
 
-from toolkit.files import placing_folder
+from toolkit.files import placing_folder, sha256
 from toolkit.search import best
 
 # (k1, b): Anserini's defaults, the literature's usual baseline, for prose; for code, whose documents differ more in
@@ -147,8 +147,7 @@ def _is_whole(folder: Path) -> bool:
 def _digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.iterdir() if path.name != _DIGESTS):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.name] = sha256(path)
     return found
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, and paths as users write them. Called by whatever has some."""
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -13,11 +14,34 @@ def expanded(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def sha256(path: Path) -> str:
+    """64 hex digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a machine that goes down then loses nothing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new one, never a part."""
+    """Write a text file so that readers see the old or the new one, never a part; also after a power failure."""
     work = path.with_name(f".{path.name}.writing")
     work.write_text(text, encoding="utf-8")
+    sync(work)
     os.replace(work, path)
+    sync(path.parent)
 
 
 @contextmanager
@@ -30,9 +54,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover)
     work.mkdir(parents=True)
     yield work
+    _sync_all(work)
     if folder.exists():
         os.rename(folder, old)
     os.rename(work, folder)
+    sync(folder.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -52,8 +78,10 @@ def placing_folder(folder: Path) -> Iterator[Path]:
     work.mkdir(parents=True)
     try:
         yield work
+        _sync_all(work)
         try:
             os.rename(work, folder)
+            sync(folder.parent)
         except OSError:
             if not folder.is_dir():
                 raise

@@ -21,6 +21,7 @@ SECONDS_TO_SPEAK = 3
 STOPPED = 4
 """Exit code after SIGTERM or SIGUSR1: what can be saved is saved, and the same command goes on."""
 KEY, OTHER_KEY = "last words of rank 0", "last words of another rank"
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # as launchers call it
 _PAUSE, _SECONDS_TO_LOOK = 0.2, 1.0
 _told = threading.Event()  # this process has said why it ends
 _asked: list[int] = []  # the signals that wait for the end of a step
@@ -33,7 +34,7 @@ class Interrupted(Exception):
 
 def is_first_rank() -> bool:
     """True on the rank that speaks; known from the launcher's variables, before anything is imported."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return all(os.environ.get(name, "0") == "0" for name in _RANK)
 
 
 def say(problem: str) -> None:
@@ -41,6 +42,7 @@ def say(problem: str) -> None:
 
     A rank whose problem rank 0 does not meet within WAIT_SECONDS prints it as "rank k: ..." and ends its process with
     exit code 2: the launcher then ends the others, who may wait for it in a collective and say nothing for hours.
+    Where rank 0 cannot be asked, the first rank of each machine prints it.
     """
     if is_first_rank():
         tell(problem)
@@ -49,6 +51,8 @@ def say(problem: str) -> None:
             time.sleep(_SECONDS_TO_LOOK)  # the store ends with this process: the others look first
     elif store := store_of_first_rank(WAIT_SECONDS):
         _tell_alone(problem, store)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 has not come, or has said it and gone
+        _tell_as_rank(problem, f" ({socket.gethostname()})")
 
 
 def _tell_alone(problem: str, store: Any) -> None:
@@ -62,11 +66,16 @@ def _tell_alone(problem: str, store: Any) -> None:
         if store.check([KEY]) and store.get(KEY).decode() == problem:
             return
         if store.add(problem, 1) == 1:
-            tell("\n".join(f"rank {os.environ['RANK']}: {line}" for line in problem.splitlines()))
+            _tell_as_rank(problem)
         store.set(OTHER_KEY, "")
     except DistError:
         return
     os._exit(2)  # taking the process group down may need the others
+
+
+def _tell_as_rank(problem: str, where: str = "") -> None:
+    rank = next(value for name in _RANK if (value := os.environ.get(name, "0")) != "0")
+    tell("\n".join(f"rank {rank}{where}: {line}" for line in problem.splitlines()))
 
 
 def end(code: int) -> NoReturn:
@@ -83,7 +92,12 @@ def end(code: int) -> NoReturn:
 
 
 def tell(text: str) -> None:
+    """Say why this process ends."""
     _told.set()
+    notice(text)
+
+
+def notice(text: str) -> None:
     sys.stderr.write(text + "\n")  # at one go: other processes write to the same terminal
     sys.stderr.flush()
 

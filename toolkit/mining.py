@@ -17,6 +17,7 @@ from toolkit.data.negatives import MiningRows, eligible, highest_score
 from toolkit.data.pair_records import PairRecord
 from toolkit.determinism import generator
 from toolkit.embed import Retriever, embed_texts
+from toolkit.files import sha256
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import MineSettings, RecipeError
 from toolkit.search import top_k
@@ -168,9 +169,8 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
 def check_mined(folder: Path) -> None:
     """Raise ValueError or OSError if the rows in a folder are not those that were written."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    with (folder / ROWS).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != record["pairs_sha256"]:
-            raise ValueError(f"{ROWS} is not as it was written")
+    if sha256(folder / ROWS) != record["pairs_sha256"]:
+        raise ValueError(f"{ROWS} is not as it was written")
 
 
 def _lines(rows: MiningRows, mined: Mined) -> Iterable[bytes]:

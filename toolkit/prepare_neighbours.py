@@ -16,7 +16,7 @@ from toolkit.collectives import on_rank_zero
 from toolkit.data.bundles import bundle
 from toolkit.data.spans import PassageStore, document_places
 from toolkit.embed import embed_texts, load_retriever
-from toolkit.files import replacing_folder
+from toolkit.files import replacing_folder, sha256
 from toolkit.models.backbone import DTYPES
 from toolkit.prepare import ModelSource, on_every_rank, open_everywhere, together
 from toolkit.recipe import Bm25Neighbours, RecipeError, Stage
@@ -69,8 +69,7 @@ def _content(model: ModelSource) -> list[list[str]]:
     found = []
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
         if path.suffix in (".safetensors", ".json", ".model", ".txt"):
-            with path.open("rb") as file:
-                found.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+            found.append([path.name, sha256(path)])
     return found
 
 

@@ -3,7 +3,6 @@
 Called by embed, which fills the shards, and by search, which reads them.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from toolkit.collectives import gather, group_device, is_distributed
-from toolkit.files import replace_text
+from toolkit.files import replace_text, sha256
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 ROWS_PER_GATHER = 65536  # vectors travel between ranks in blocks: all at once they would not fit on a GPU
@@ -112,7 +111,7 @@ def save_shard(path: Path, vectors: np.ndarray) -> None:
         np.save(file, vectors, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
-    record = {"bytes": work.stat().st_size, "sha256": _digest(work)}
+    record = {"bytes": work.stat().st_size, "sha256": sha256(work)}
     _record_of(path).unlink(missing_ok=True)  # it would be that of an older file
     os.replace(work, path)
     replace_text(_record_of(path), json.dumps(record) + "\n")
@@ -130,7 +129,7 @@ def is_finished(path: Path, say: Callable[[str], None]) -> bool:
         size = path.stat().st_size
         if size != record["bytes"]:
             problem = f"{size:,} bytes instead of {record['bytes']:,}"
-        elif _digest(path) != record["sha256"]:
+        elif sha256(path) != record["sha256"]:
             problem = "its content differs from its digest"
         else:
             return True
@@ -144,11 +143,6 @@ def is_finished(path: Path, say: Callable[[str], None]) -> bool:
 
 def _record_of(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def leave(store: Store, keep: bool) -> None:

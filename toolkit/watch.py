@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -23,8 +24,9 @@ from toolkit.last_words import KEY, OTHER_KEY, WAIT_SECONDS, is_told_by_another,
 LOST = 5
 """Exit code of a run that lost a rank, or whose ranks went different ways; the same command goes on."""
 BEAT_SECONDS = 2.0
-DEAD_SECONDS, TROUBLED_SECONDS = 20.0, 8.0
-"""After how long a rank that is not heard of is taken for dead; the latter once a collective operation has failed.
+DEAD_SECONDS, TROUBLED_SECONDS, UNHEARD_SECONDS = 20.0, 8.0, 45.0
+"""After how long a rank that is not heard of is taken for dead; the second once a collective operation has failed, the
+third where it never was heard of.
 
 Where a rank has died the deepspeed launcher kills the others of its node 30 s later: one must have spoken by then.
 """
@@ -74,12 +76,11 @@ def seen_now(before: Seen | None, status: Status, now: float) -> Seen:
 def verdict(ranks: list[Seen], hosts: list[str], now: float) -> str:
     """Which rank is dead or stands still, in one line; empty if none is."""
     patience = TROUBLED_SECONDS if any(seen.status.troubled for seen in ranks) else DEAD_SECONDS
-    lost = [r for r, seen in enumerate(ranks) if now - seen.beat_at > patience]
+    silent = [now - seen.beat_at for seen in ranks]
+    lost = [r for r, seen in enumerate(ranks) if silent[r] > (patience if seen.status.beat else UNHEARD_SECONDS)]
     if lost:
-        said = (
-            f"{_names(lost, hosts)}: not heard of for {patience:.0f} s: killed, stopped, or its machine is down or cut"
-        )
-        return f"{said} off; last seen {_place(ranks[lost[0]].status)}; {_ADVICE}"
+        said = f"{_names(lost, hosts)}: not heard of for {silent[lost[0]]:.0f} s: killed, stopped, or its machine is"
+        return f"{said} down or cut off; last seen {_place(ranks[lost[0]].status)}; {_ADVICE}"
     if not any(seen.status.limit and now - seen.moved_at > seen.status.limit for seen in ranks):
         return ""
     least = min(seen.status.progress for seen in ranks)  # the others wait for it, and may have been seen to move before
@@ -128,6 +129,8 @@ class Watch:
                 raise RuntimeError(f"rank {rank()} no longer finds the store of rank 0")
             arrived = [f"arrived/{r}" for r in range(world_size())]  # by toolkit.training.process_group
             self.hosts = [host.decode() for host in self._store.multi_get(arrived)]
+            for r in range(world_size() if rank() == 0 else 0):
+                self._store.compare_set(f"watch/{r}", "", json.dumps(Status()))  # unless it has spoken already
         self._seen: list[Seen | None] = [None] * world_size()
 
     def at(self, step: int, phase: str, minutes: float) -> None:
@@ -221,12 +224,14 @@ class Watch:
             os._exit(LOST)
 
     def _first_rank_is_gone(self) -> None:
-        """Said once on every machine."""
-        others = [r for r in range(1, world_size()) if self.hosts[r] == self.hosts[rank()]]
-        if rank() == others[0]:
-            said = f"rank 0 ({self.hosts[0]}): does not answer rank {rank()} ({self.hosts[rank()]}), which is"
-            tell(f"\n{said} {_place(self._own)}: killed, stopped, or its machine is down or cut off; {_ADVICE}")
-        os._exit(LOST)
+        """Said once on every machine, by the rank that is first to take a name there."""
+        with socket.socket(socket.AF_UNIX) as name:
+            with suppress(OSError):  # another rank has it, for as long as it lives
+                name.bind(f"\0toolkit {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+                said = f"rank 0 ({self.hosts[0]}): does not answer rank {rank()} ({self.hosts[rank()]}), which is"
+                tell(f"\n{said} {_place(self._own)}: killed, stopped, or its machine is down or cut off; {_ADVICE}")
+                time.sleep(2 * BEAT_SECONDS)  # until the others have noticed, too
+            os._exit(LOST)
 
 
 def _line(frame: FrameType | None) -> str:

@@ -134,10 +134,12 @@ def test_a_rank_that_dies_ends_the_others(
     what: str, rank: int, step: int, recipe: Path, whole_of_three: Path, tmp_path: Path
 ) -> None:
     """In a step or in a save; the save before it stays, and the run goes on from there."""
-    done, said, seconds = run_with(f"{what} {rank} {step}", recipe, tmp_path / "run", ranks=3)
+    done, said, _ = run_with(f"{what} {rank} {step}", recipe, tmp_path / "run", ranks=3)
+    seconds = time.time() - (tmp_path / "run" / "log.jsonl").stat().st_mtime  # since the last step was logged
     assert done.returncode not in (0, 1), said[-20:]
     named = [line for line in said if re.match(rf"rank {rank} \(.+\): (not heard of for|does not answer)", line)]
-    assert named and seconds < 150, (seconds, said[-20:])
+    assert named and seconds < 60, (seconds, said[-20:])
+    print(f"{what} {rank}: all had ended {seconds:.0f} s after the last step")
     assert go_on(recipe, tmp_path / "run", ranks=3) == 4
     assert_same_run(tmp_path / "run", whole_of_three)
 

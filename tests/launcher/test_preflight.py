@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import WORKERS, free_port, launch
 from recipe_changes import TINY
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -16,7 +17,8 @@ from launcher.preflight import compare_ranks, differences, own_facts
 from toolkit.recipe import RecipeError, load_recipe
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
-SAME = VERSIONS | {"digest of the recipe": "a1", "run folder": "/shared/run", "shared": True, "denied": ""}
+SAME = VERSIONS | {"device": "a GPU", "digest of the recipe": "a1", "run folder": "/shared/run"}
+SAME |= {"shared": True, "denied": ""}
 
 
 def ranks(*hosts: str, **odd: dict[str, Any]) -> list[dict[str, Any]]:
@@ -78,6 +80,14 @@ def test_a_rank_tells_what_it_has(recipe, tmp_path, monkeypatch) -> None:
     assert sorted(tmp_path.iterdir()) == before
     monkeypatch.setattr(preflight, "SECONDS_TO_APPEAR", 0.2)
     assert not own_facts(recipe, tmp_path / "run", tmp_path / "elsewhere")["shared"]
+    assert facts["device"] == "CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = []
+    for local in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        devices.append(own_facts(recipe, tmp_path, probe)["device"])
+    assert devices == ["a GPU", "a GPU", "only 2 GPUs for more ranks"]
     changed = recipe.model_copy(update={"seed": recipe.seed + 1})
     assert own_facts(changed, tmp_path, probe)["digest of the recipe"] != facts["digest of the recipe"]
 

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from in_process import files_below, one_stage, start
 from recipe_changes import changed
 from safetensors.numpy import load_file
 
+from launcher import lock
 from toolkit.objectives import Loss
 from toolkit.objectives.language_model import LanguageModel
 from toolkit.training import checkpoint, loop
@@ -64,6 +66,13 @@ def test_a_checkpoint_of_other_data_or_another_tokenizer_is_refused(trained, tmp
     assert error.startswith("the tokenizer changed since (digest ")
     assert error.endswith("); put its files back, or choose another --output")
     tokenizer.write_text(whole)
+    weights = tokenizer.with_name("model.safetensors")
+    whole_weights = weights.read_bytes()
+    alter(weights)
+    error = refused()
+    assert error.startswith("the model that the stage starts from changed since (digest ")
+    assert error.endswith("); put its files back, or choose another --output")
+    weights.write_bytes(whole_weights)
     assert start(tmp_path, trained, monkeypatch) == 0
 
 
@@ -86,7 +95,21 @@ def alter(path: Path) -> str:
     return f"{path}: is not what was written (sha256)"
 
 
-@pytest.mark.parametrize("harm", [cut, remove, alter])
+def alter_manifest(path: Path) -> str:
+    """JSON of another shape."""
+    path.with_name("manifest_00000.json").write_text(json.dumps({path.name: 7}))
+    return f"{path.parent}: its description cannot be read (cannot unpack non-iterable int object)"
+
+
+def forget_in_manifest(path: Path) -> str:
+    manifest = path.with_name("manifest_00000.json")
+    listed = json.loads(manifest.read_text())
+    del listed[path.name]
+    manifest.write_text(json.dumps(listed))
+    return f"{path}: is in no file manifest_*.json"
+
+
+@pytest.mark.parametrize("harm", [cut, remove, alter, alter_manifest, forget_in_manifest])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, trained, tmp_path, monkeypatch, capsys) -> None:
     export = tmp_path / "run" / STAGE / "export" / "model.safetensors"
     weights, before = load_file(export), log(tmp_path / "run")
@@ -130,13 +153,32 @@ def no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def no_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Root may write everywhere, so the system's answer is given here."""
+    """Of another user's folder; root, who may write everywhere, becomes nobody meanwhile."""
+    make = checkpoint._open
 
     def refused(aside: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(aside))
+        if os.geteuid() != 0:
+            folder.chmod(0o555)
+            return make(aside)
+        os.seteuid(65534)
+        try:
+            return make(aside)
+        finally:
+            os.seteuid(0)
 
     monkeypatch.setattr(checkpoint, "_open", refused)
     return "Permission denied"
+
+
+def other_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The disk keeps something else than what was written."""
+    save = checkpoint.save_file
+
+    def altered(tensors: dict[str, Any], path: Path) -> None:
+        save({name: tensor * 2 + 1 for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", altered)
+    return "weights_00000_000.safetensors does not read back as it was written"
 
 
 def folder_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -144,7 +186,7 @@ def folder_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "No such file or directory"
 
 
-@pytest.mark.parametrize("fault", [no_room, no_right, folder_gone])
+@pytest.mark.parametrize("fault", [no_room, no_right, other_bytes, folder_gone])
 def test_a_save_that_fails_leaves_the_one_before(fault, tmp_path, monkeypatch, capsys) -> None:
     recipe = one_stage(tmp_path, ("stages.0.optim.steps", 2), ("stages.0.save", {"every": 1, "keep": 1}))
     folder = tmp_path / "run" / STAGE / "checkpoints"
@@ -166,6 +208,8 @@ def test_a_save_that_fails_leaves_the_one_before(fault, tmp_path, monkeypatch, c
     assert error.endswith("then start the same command again: it goes on from the checkpoint before")
     assert all((folder / name).read_bytes() == content for name, content in left.items())
     assert bool(left) == (fault is not folder_gone)
+    if folder.exists():
+        folder.chmod(0o755)
     assert start(tmp_path, recipe, monkeypatch) == 0
     assert f"starts at step {1 if left else 0}" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in folder.iterdir()] == ["step_00000002"]
@@ -192,6 +236,23 @@ def test_a_run_folder_has_one_run_at_a_time(trained, tmp_path, monkeypatch, caps
     )
     assert files_below(tmp_path / "run") == before
     assert start(tmp_path, trained, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_lock_of_another_machine_is_waited_for(freed: bool, trained, tmp_path, monkeypatch, capsys) -> None:
+    """That may have gone down: its file server frees the lock a little later."""
+    unfinish(tmp_path / "run")
+    (tmp_path / "run" / ".lock").write_text("process 7 on elsewhere\n")
+    monkeypatch.setattr(lock, "SECONDS_TO_FREE", 60 if freed else 0.2)
+    with (tmp_path / "run" / ".lock").open("r") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        free = threading.Timer(1, fcntl.flock, (other, fcntl.LOCK_UN))
+        if freed:
+            free.start()
+        assert start(tmp_path, trained, monkeypatch) == (0 if freed else 2)
+    said = f"{tmp_path / 'run'}: is in use by process 7 on elsewhere"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
+    assert f"{said}, or was when that machine went down; waits " in lines[0] and len(lines) == (1 if freed else 2)
 
 
 @pytest.mark.parametrize("rule", ["stop", "skip"])

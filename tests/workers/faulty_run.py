@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run
-from toolkit import last_words, watch
+from toolkit import last_words
 from toolkit.collectives import rank
 from toolkit.data.stream import StepData, Stream
 from toolkit.training import checkpoint, loop
@@ -55,7 +55,5 @@ def _is_now(step: int) -> bool:
 Stream.__next__ = next_step
 checkpoint._seal = faulty_seal
 loop.train_step = faulty_step  # pyright: ignore[reportAttributeAccessIssue]
-watch.BEAT_SECONDS = 0.5  # pyright: ignore[reportConstantRedefinition]
-watch.DEAD_SECONDS, watch.TROUBLED_SECONDS = 6.0, 4.0  # pyright: ignore[reportConstantRedefinition]
 last_words.end_at_signals()
 last_words.end(run.main())

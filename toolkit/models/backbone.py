@@ -89,6 +89,7 @@ def _load(auto: Any, folder: str | Path, dtype: torch.dtype, attention: str, **o
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,  # by default transformers asks at the terminal
             output_loading_info=True,
             **options,
         )
@@ -136,14 +137,12 @@ def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
 
 def read_config(folder: str | Path) -> PretrainedConfig:
     """The config.json of a folder; raises ValueError unless its model type is supported."""
-    with _readable(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     supported = CAUSAL_TYPES + ENCODER_TYPES
-    if config.model_type not in supported:
-        raise ValueError(
-            f"{folder}: model type {config.model_type!r} is not supported; use one of {', '.join(supported)}"
-        )
-    return config
+    with _readable(folder):
+        found = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if found in supported:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    raise ValueError(f"{folder}: model type {found!r} is not supported; use one of {', '.join(supported)}")
 
 
 def check_length(config: PretrainedConfig, max_tokens: int) -> None:
@@ -180,7 +179,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         ValueError: if it has neither.
     """
     with _readable(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, trust_remote_code=False)
     if tokenizer.eos_token is None:  # [CLS] text [SEP]
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:

@@ -4,9 +4,7 @@ Called by the training loop on all ranks. The files are safetensors and JSON, th
 read back only if they are byte for byte what was written (manifest_*.json, one for each rank's share of the files).
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank, world_size
+from toolkit.files import sha256, sync
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.training.shares import KEYS, Piece, begin, pieces, refresh, steps_taken
@@ -35,6 +34,7 @@ class RunState(NamedTuple):
     stage_digest: str
     data_digest: str
     tokenizer_digests: list[str]  # of the retriever's base and, for Revela, of the language model
+    model_digests: list[str]  # the same: frozen weights are in no checkpoint
 
 
 # --------------------------------------------------------------------------- writing
@@ -96,7 +96,7 @@ def _groups(engine: Any) -> Iterator[dict[str, Tensor]]:
 def _save(path: Path, tensors: dict[str, Tensor]) -> Path:
     try:
         save_file(tensors, path)
-        _sync(path)
+        sync(path)
         with safe_open(path, "pt") as file:
             same = all(torch.equal(file.get_tensor(name), tensor.cpu()) for name, tensor in tensors.items())
     except SafetensorError as error:
@@ -110,31 +110,18 @@ def _seal(aside: Path, files: list[Path]) -> None:
     """Write down sizes and hashes of this rank's files, which are on the disk then."""
     manifest = {}
     for path in files:
-        _sync(path)
-        manifest[path.name] = [path.stat().st_size, _hash(path)]
+        sync(path)
+        manifest[path.name] = [path.stat().st_size, sha256(path)]
     path = aside / f"manifest_{rank():05d}.json"
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _place(aside: Path, final: Path, keep: int) -> None:
-    _sync(aside)
+    sync(aside)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     for old in sorted(final.parent.glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)  # the new one is whole, whatever becomes of the old
 
@@ -151,7 +138,7 @@ def load_newest(engine: Any, folder: Path, fresh: RunState) -> RunState:
     Any number of ranks may have written it: rows, losses and, but for rounding, weights go on as they were.
 
     Raises:
-        RecipeError: on all ranks, if the checkpoint was written by other settings, from other data or with another
+        RecipeError: on all ranks, if the checkpoint was written by other settings, from other data, model or
             tokenizer, cannot be read, or if all there are are damaged.
     """
     found = on_rank_zero(lambda: _complete(folder))
@@ -184,16 +171,19 @@ def _put_aside(path: Path, damage: str, before: Path) -> None:
 
 def _damage(checkpoint: Path) -> str:
     """What is wrong with the files of a checkpoint, of this rank's share; empty if nothing is."""
-    manifest: dict[str, list[Any]] = {}
+    manifest: dict[str, tuple[int, str]] = {}
     try:
         parts = sorted(checkpoint.glob("manifest_*.json"))
         for part in parts:
-            manifest |= json.loads(part.read_text())
+            for name, (size, digest) in json.loads(part.read_text()).items():
+                manifest[name] = (int(size), str(digest))
         written = _description(checkpoint)["ranks"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{checkpoint}: its description cannot be read ({' '.join(str(error).split())[:80]})"
     if len(parts) != written:
         return f"{checkpoint}: {len(parts)} of {written} files manifest_*.json are there"
+    if unlisted := sorted({path.name for path in checkpoint.iterdir()} - {path.name for path in parts} - set(manifest)):
+        return f"{checkpoint / unlisted[0]}: is in no file manifest_*.json"
     for path in [checkpoint / name for name in sorted(manifest)][rank() :: world_size()]:  # each is read once
         size, digest = manifest[path.name]
         try:
@@ -201,7 +191,7 @@ def _damage(checkpoint: Path) -> str:
                 return f"{path}: is missing"
             if path.stat().st_size != size:
                 return f"{path}: has {path.stat().st_size:,} bytes, {size:,} were written"
-            if _hash(path) != digest:
+            if sha256(path) != digest:
                 return f"{path}: is not what was written (sha256)"
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
@@ -231,6 +221,11 @@ def _check(newest: Path, fresh: RunState) -> RunState:
         raise RecipeError(
             f"{newest}: the tokenizer changed since (digest {', '.join(state.tokenizer_digests)} then, "
             f"{', '.join(fresh.tokenizer_digests)} now); put its files back, or choose another --output"
+        )
+    if state.model_digests != fresh.model_digests:
+        raise RecipeError(
+            f"{newest}: the model that the stage starts from changed since (digest {', '.join(state.model_digests)} "
+            f"then, {', '.join(fresh.model_digests)} now); put its files back, or choose another --output"
         )
     return state
 

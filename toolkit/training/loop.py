@@ -24,10 +24,11 @@ from toolkit.data.stream import StepData, Stream
 from toolkit.export import write_export
 from toolkit.export_check import check_export
 from toolkit.last_words import Interrupted, steps
+from toolkit.model_digests import model_digests, tokenizer_digests
 from toolkit.models.backbone import DTYPES, load_tokenizer
 from toolkit.objectives import Objective
 from toolkit.objectives.language_model import LanguageModel
-from toolkit.prepare import ModelSource, resolve_model, tokenizer_digest
+from toolkit.prepare import ModelSource, resolve_model
 from toolkit.prepare_build import build_start
 from toolkit.recipe import (
     BuildStart,
@@ -43,9 +44,11 @@ from toolkit.training.costs import Costs, training_costs
 from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
 from toolkit.training.feed import Feed, open_feed, stage_folder
 from toolkit.training.fingerprint import Fingerprints
-from toolkit.training.metrics import Log, peak_memory_gib
+from toolkit.training.metrics import Log, cut_after, peak_memory_gib
 from toolkit.training.numbers import derived, render
 from toolkit.watch import COMPARING, COMPUTING, LOGGING, WAITING, Watch
+
+NOT_FINITE = "not_finite.jsonl"  # the rows of steps that changed nothing
 
 
 class StageResult(NamedTuple):
@@ -102,10 +105,12 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device, wat
     engine = build_engine(
         stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
     )
-    tokenizers = [tokenizer_digest(source.folder) for source in sources if source is not None]
-    fresh = RunState(0, 0, 0, recipe.digest(index), feed.digest, tokenizers)
+    models = [source for source in sources if source is not None]
+    digests = tokenizer_digests(models), model_digests(models)
+    fresh = RunState(0, 0, 0, recipe.digest(index), feed.digest, *digests)
     on_rank_zero(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
     state = load_newest(engine, folder / "checkpoints", fresh)
+    on_rank_zero(lambda: cut_after(folder / NOT_FINITE, stage.name, state.step))
     _announce(stage, engine, feed, state)
     costs = training_costs(stage, engine.module)
     with Stream(
@@ -163,14 +168,20 @@ def _run_steps(
             mininterval=2,
         ) as bar,
     ):
+
+        def save(state: RunState) -> None:
+            watch.at(state.step, "saving", 0)
+            if log is not None:
+                log.sync()
+            save_checkpoint(engine, folder / "checkpoints", state, stage.save.keep)
+
         watch.at(state.step + 1, WAITING, minutes)
         for data in stream:
             waited = time.perf_counter() - began
             watch.at(data.step + 1, COMPARING, minutes)
             if fingerprints.compare(data.step + 1, data.digest, data.batches, engine.module, asked_to_stop()):
                 if saved < state.step:
-                    watch.at(state.step, "saving", 0)
-                    save_checkpoint(engine, folder / "checkpoints", state, stage.save.keep)
+                    save(state)
                 raise Interrupted(
                     f"stage {stage.name}: asked to stop ({signal.SIGTERM.name} or {signal.SIGUSR1.name}), saved at "
                     f"step {state.step}; the same command goes on from there"
@@ -199,8 +210,7 @@ def _run_steps(
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
                 bar.update()
             if state.step % stage.save.every == 0 or state.step == stage.optim.steps:
-                watch.at(state.step, "saving", 0)
-                save_checkpoint(engine, folder / "checkpoints", state, stage.save.keep)
+                save(state)
                 saved = state.step
             began, minutes = time.perf_counter(), stage.guard.stall_minutes
             watch.at(state.step + 1, WAITING, minutes)
@@ -209,8 +219,13 @@ def _run_steps(
 
 def _not_finite(stage: Stage, folder: Path, data: StepData, values: dict[str, float]) -> None:
     """Write down the rows of a step that changed nothing; RecipeError where the recipe says to stop there."""
-    path = folder / "not_finite.jsonl"
-    found = {"step": data.step + 1, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"])}
+    path = folder / NOT_FINITE
+    found = {
+        "stage": stage.name,
+        "step": data.step + 1,
+        "loss": str(values["loss"]),
+        "grad_norm": str(values["grad_norm"]),
+    }
 
     def write() -> None:
         with path.open("a", encoding="utf-8") as file:

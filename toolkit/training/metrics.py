@@ -60,7 +60,7 @@ class Log:
         self._stage = stage
         self._first = first_step
         path = run / "log.jsonl"
-        _cut_after(path, stage, resumed_step)
+        cut_after(path, stage, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + resumed_step + 1)
 
@@ -75,6 +75,11 @@ class Log:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{self._stage}/{name}", value, self._first + step)
+
+    def sync(self) -> None:
+        """Wait until all is on the disk: a checkpoint is not there before its steps are."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -92,8 +97,8 @@ def write_eval_scalars(run: Path, scores: dict[str, dict[str, float]], step: int
                 board.add_scalar(f"eval/{collection}/{name}", value, step)
 
 
-def _cut_after(path: Path, stage: str, step: int) -> None:
-    """Forget lines of a stage past the step it resumes from (and a line cut short by a crash).
+def cut_after(path: Path, stage: str, step: int) -> None:
+    """Forget JSON lines of a stage past the step it resumes from (and a line cut short by a crash).
 
     They are the end of the file and are cut off; only where an earlier stage is taken up again the file is rewritten.
     """

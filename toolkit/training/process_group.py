@@ -20,11 +20,12 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.utils.cpp_extension import get_default_build_root
 
 from toolkit.collectives import PATIENCE
-from toolkit.last_words import store_of_first_rank, tell
+from toolkit.last_words import OTHER_KEY, notice, store_of_first_rank
 from toolkit.recipe import RecipeError
 
 SECONDS_TO_SAY, SECONDS_TO_ARRIVE = 45, 600
 """After how long missing ranks are named, and given up: nodes with cold disks take minutes to import torch."""
+_ARRIVED, _TOLD = "all arrived", "told by another rank"
 LONGEST_COMPILE_SECONDS = 120
 """How long a lock is left alone that no process of this machine holds: one of another machine may, in a shared home."""
 
@@ -67,7 +68,7 @@ def roll_call() -> Any:
     Each rank leaves the name of its host there, as "arrived/<rank>".
 
     Raises:
-        RecipeError: on rank 0 with the ranks that have not come, on the others if they do not find rank 0.
+        RecipeError: with the ranks that have not come, or on the others if they do not find rank 0.
     """
     own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -78,7 +79,7 @@ def roll_call() -> Any:
         store, said = store_of_first_rank(SECONDS_TO_SAY), ""
         if store is None:
             said = f"rank {own} ({socket.gethostname()}): finds no rank 0 at {place} for {SECONDS_TO_SAY} s"
-            tell(f"{said}; goes on trying for {SECONDS_TO_ARRIVE} s")
+            notice(f"{said}; goes on trying for {SECONDS_TO_ARRIVE} s")
             store = store_of_first_rank(SECONDS_TO_ARRIVE)
         if store is None:
             raise RecipeError(
@@ -87,15 +88,23 @@ def roll_call() -> Any:
         store.set_timeout(PATIENCE)
     store.set(f"arrived/{own}", socket.gethostname())
     if own == 0:
-        _wait_for_all(store, ranks)
-        store.set("all arrived", "")
-    store.wait(["all arrived"], timedelta(seconds=2 * SECONDS_TO_ARRIVE))
+        store.set(_ARRIVED, _wait_for_all(store, ranks))
+    store.wait([_ARRIVED], timedelta(seconds=2 * SECONDS_TO_ARRIVE))
+    problem = store.get(_ARRIVED).decode()
+    if problem == _TOLD:
+        time.sleep(1)  # the store ends with rank 0: the others look first
+        os._exit(2)  # as the rank did that has said what is wrong
+    if problem:
+        raise RecipeError(problem)
     return store
 
 
-def _wait_for_all(store: Any, ranks: int) -> None:
+def _wait_for_all(store: Any, ranks: int) -> str:
+    """Why the run ends here; empty once all ranks are there."""
     began, said = time.monotonic(), False
     while missing := [rank for rank in range(ranks) if not store.check([f"arrived/{rank}"])]:
+        if store.check([OTHER_KEY]):
+            return _TOLD
         waited = time.monotonic() - began
         if waited > SECONDS_TO_SAY:
             there = Counter(store.get(f"arrived/{r}").decode() for r in range(ranks) if r not in missing)
@@ -103,11 +112,12 @@ def _wait_for_all(store: Any, ranks: int) -> None:
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             problem = f"{len(missing)} of {ranks} ranks have not come for {waited:.0f} s: {named}; there are {hosts}"
             if waited > SECONDS_TO_ARRIVE:
-                raise RecipeError(f"{problem}; see what these nodes say (ssh, .venv, --enable_each_rank_log)")
+                return f"{problem}; see what these nodes say (ssh, .venv, --enable_each_rank_log)"
             if not said:
-                tell(f"{problem}; waiting for {SECONDS_TO_ARRIVE} s")
+                notice(f"{problem}; waiting for {SECONDS_TO_ARRIVE} s")
                 said = True
         time.sleep(0.2)
+    return ""
 
 
 def _release_shared_memory() -> None:
