@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from distributed import free_port
 
 from toolkit import watch
 from toolkit.watch import (
@@ -41,7 +42,7 @@ def test_a_rank_is_dead_when_it_is_not_heard_of() -> None:
     # later where it never said a word, as it may still prepare its GPU
     never = [*(alive(ranks[0].status, UNHEARD_SECONDS) for _ in range(2)), alive(Status())]
     assert verdict(never, HOSTS, UNHEARD_SECONDS) == ""
-    assert verdict(never, HOSTS, UNHEARD_SECONDS + 0.4).startswith("rank 2 (b): not heard of for 45 s")
+    assert verdict(never, HOSTS, UNHEARD_SECONDS + 0.4).startswith("rank 2 (b): not heard of for 25 s")
 
 
 def test_the_rank_that_is_furthest_behind_is_named() -> None:
@@ -102,6 +103,22 @@ def test_a_process_alone_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None
         assert stopped.wait(20)
     assert codes == [watch.LOST] and len(said) == 1
     assert said[0].startswith("\nrank 0 (") and "no progress for 0.005 minutes, at step 16, computing" in said[0]
+
+
+def test_a_first_rank_that_is_gone_is_named_once_on_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any of its ranks: the lowest may have died with it."""
+    said, codes = [], []
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    monkeypatch.setattr(watch, "tell", said.append)
+    monkeypatch.setattr(watch.os, "_exit", codes.append)
+    watched = Watch()
+    ranks = [threading.Thread(target=watched._first_rank_is_gone) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert codes == [watch.LOST] * 4 and len(said) == 1 and "does not answer rank 0" in said[0]
 
 
 def test_after_a_suspension_the_count_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

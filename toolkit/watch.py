@@ -24,7 +24,7 @@ from toolkit.last_words import KEY, OTHER_KEY, WAIT_SECONDS, is_told_by_another,
 LOST = 5
 """Exit code of a run that lost a rank, or whose ranks went different ways; the same command goes on."""
 BEAT_SECONDS = 2.0
-DEAD_SECONDS, TROUBLED_SECONDS, UNHEARD_SECONDS = 20.0, 8.0, 45.0
+DEAD_SECONDS, TROUBLED_SECONDS, UNHEARD_SECONDS = 20.0, 8.0, 25.0
 """After how long a rank that is not heard of is taken for dead; the second once a collective operation has failed, the
 third where it never was heard of.
 

@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 
+from toolkit.data.bundles import BundlePlan
+from toolkit.data.pairs import PairPlan
 from toolkit.data.spans import PoolPlan
 from toolkit.data.stream import StepData, Stream
 from toolkit.determinism import batch_digest
@@ -70,6 +72,27 @@ def test_starting_late_is_resuming():
         data._replace(rows=data.rows.tolist()) for data in whole[3:]
     ]
     assert read(start=5, steps=5) == []
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PoolPlan(DOCUMENT, None, POOL, 2, seed=3),
+        PoolPlan(DOCUMENT, 4, POOL, 2, seed=3),
+        BundlePlan(DOCUMENT, np.arange(20), 4, POOL, seed=3),
+        PairPlan([40, 300, 25], [0.7, 0.2, 0.1], POOL, "rows", 3),
+        PairPlan([40, 300, 25], None, POOL, "pools", 3),
+    ],
+)
+def test_a_step_is_found_without_those_before_it(plan):
+    """Of a step that no replay would reach, the pools of the step alone are asked for, from at most two epochs each."""
+    far, asked, pool = 10**14, [], plan.pool
+    plan.pool = lambda t: asked.append(t) or pool(t)
+    place = {"span": "world", "rank": 0, "world_size": 1}
+    with Stream(plan, keep, pools_per_step=POOLS, start_step=far, num_steps=far + 1, **place) as opened:
+        (data,) = opened
+    assert data.step == far and set(asked) == set(range(far * POOLS, (far + 1) * POOLS))
+    assert plan._epoch.cache_info().misses <= 2 * 3  # sources of the pairs
 
 
 def test_ranks_that_do_not_divide_are_refused():

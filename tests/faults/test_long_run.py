@@ -20,8 +20,8 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[bytes] | None) -> dict[int, tuple[float, int]]:
-    """MiB and open files every so many steps of a run, which keeps 10 kB a step where `kept` is a list."""
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[Any] | None) -> dict[int, tuple[float, int]]:
+    """MiB and open files every so many steps of a run; where `kept` is a list it leaks 10 kB a step, and files."""
     recipe = one_stage(folder, ("stages.0.optim.steps", STEPS), ("stages.0.save", {"every": 500, "keep": 2}))
     recipe["stages"][0]["eval"] = {"suites": []}
     found, write = {}, Log.write
@@ -31,6 +31,8 @@ def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[bytes] | 
         if kept is not None:
             kept.append(os.urandom(10_000))
         if step % EVERY == 0:
+            if kept is not None:
+                kept.append(os.open(os.devnull, os.O_RDONLY))
             gc.collect()
             found[step] = (resident_mib(), len(os.listdir("/proc/self/fd")))
 
@@ -47,12 +49,16 @@ def grown(found: dict[int, tuple[float, int]]) -> float:
     return sum(settled[-3:]) / 3 - sum(settled[:3]) / 3
 
 
+def files(found: dict[int, tuple[float, int]]) -> set[int]:
+    return {count for step, (_, count) in found.items() if step >= SETTLED}
+
+
 @pytest.mark.full
 def test_memory_and_files_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     found = measured(tmp_path / "a", monkeypatch, None)
     print(json.dumps({"MiB grown": round(grown(found), 2), "step: MiB, open files": found}))
-    files = {count for step, (_, count) in found.items() if step >= SETTLED}
-    assert grown(found) < MIB_GROWN and len(files) == 1
+    assert grown(found) < MIB_GROWN and len(files(found)) == 1
     (tmp_path / "b").mkdir()
-    assert grown(measured(tmp_path / "b", monkeypatch, [])) > 2 * MIB_GROWN  # control: 10 kB a step are seen
+    control = measured(tmp_path / "b", monkeypatch, [])
+    assert grown(control) > 2 * MIB_GROWN and len(files(control)) > 1

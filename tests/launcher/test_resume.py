@@ -114,12 +114,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, trained,
     export = tmp_path / "run" / STAGE / "export" / "model.safetensors"
     weights, before = load_file(export), log(tmp_path / "run")
     newest = unfinish(tmp_path / "run")
+    file, events = tmp_path / "run" / "log.jsonl", list((tmp_path / "run" / "tensorboard").iterdir())
+    inode, content = file.stat().st_ino, [path.read_bytes() for path in events]
     said = harm(max(newest.glob("weights_*.safetensors")))
     capsys.readouterr()
     assert start(tmp_path, trained, monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"{said}; it is now damaged_step_00000002, and step_00000001 is used" in lines
     assert sorted(p.name for p in newest.parent.iterdir()) == ["damaged_step_00000002", "step_00000001", newest.name]
+    assert file.stat().st_ino == inode and [path.read_bytes() for path in events] == content  # not written anew
     after, again = log(tmp_path / "run"), load_file(export)
     assert [row["step"] for row in before] == [row["step"] for row in after] == [1, 2]
     assert all(row[key] == other[key] for row, other in zip(before, after, strict=True) for key in KEPT)
@@ -283,6 +286,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(rule, tmp_path, monkeypatch, 
         assert start(tmp_path, recipe, monkeypatch) == 0  # the batch is as it should be, now
         assert [row["skipped_steps"] for row in log(run)] == [0, 0, 0]
         assert [row["loss"] for row in log(run)] == [row["loss"] for row in log(clean)]
+        assert (run / STAGE / "not_finite.jsonl").read_text() == ""  # the step was taken again
         return
     assert [row["skipped_steps"] for row in log(run)] == [0, 1, 1] and "loss" not in log(run)[1]
     first, second, third = (load_file(states / f"step_{n:08d}" / "weights_00000_000.safetensors") for n in (1, 2, 3))

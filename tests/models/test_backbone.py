@@ -87,6 +87,32 @@ def test_a_pickle_beside_or_in_place_of_the_weights_is_never_read(tmp_path: Path
         load_encoder_backbone(tmp_path, torch.float32)
 
 
+@pytest.mark.parametrize("model_type", ["unknown", "llama"])
+def test_code_in_a_folder_is_never_run(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where someone would answer yes to the question that transformers asks; control: it would run."""
+    folder, ran = save_model(tmp_path / "model", "llama"), tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass Theirs(LlamaConfig): pass\n"
+    (folder / "code.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "code.Theirs", "AutoModel": "code.Theirs", "AutoModelForCausalLM": "code.Theirs"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": own}))
+    own = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["code.Theirs", "code.Theirs"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (load_encoder_backbone, lambda *at: load_causal_lm(*at, "sdpa")):
+        if model_type == "llama":  # as the library knows it
+            load(folder, torch.float32)
+        else:
+            with pytest.raises(ValueError, match="model type 'unknown' is not supported; use one of llama"):
+                load(folder, torch.float32)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_tokenizer(folder)
+    assert not ran.exists()
+    if model_type == "unknown":
+        AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert ran.exists()
+
+
 # --------------------------------------------------------------------------- what trains
 
 

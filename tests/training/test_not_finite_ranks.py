@@ -11,15 +11,31 @@ from tiny import save_model
 KINDS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 OFFLOADED = {"bf16 2": {"stage": 2, "offload_optimizer": "cpu"}, "bf16 3": {"stage": 3, "offload_optimizer": "cpu"}}
 CASES = {
-    f"{precision} {zero} {what}": {"changes": {"precision": precision, "zero__stage": zero}, "what": what}
+    f"{precision} {zero} {what}": {
+        "changes": {"precision": precision, "zero__stage": zero},
+        "what": what,
+        "method": "revela",
+    }
     for what, kinds in (("gradient", KINDS), ("loss", [KINDS[0], KINDS[2], KINDS[5]]), ("nothing", KINDS[:1]))
     for precision, zero in kinds
 }
 CASES |= {
-    f"{name} gradient, optimizer offloaded": {"changes": {"precision": "bf16", "zero": zero}, "what": "gradient"}
+    f"{name} gradient, optimizer offloaded": {
+        "changes": {"precision": "bf16", "zero": zero},
+        "what": "gradient",
+        "method": "revela",
+    }
     for name, zero in OFFLOADED.items()
 }
-CONTROL = "fp32 0 nothing"
+CASES |= {
+    f"queue and momentum {what}": {
+        "changes": {"lora": None, "zero__stage": 2},
+        "what": what,
+        "method": "recontriever",
+    }
+    for what in ("gradient", "loss", "nothing")
+}
+CONTROLS = ["fp32 0 nothing", "queue and momentum nothing"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +45,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_on_ranks("not_finite_ranks.py", 2, {"folders": folders, "cases": CASES}, root)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != CONTROL])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in CONTROLS])
 def test_the_step_is_as_if_it_had_not_been(case: str, answer: dict[str, Any]) -> None:
     got = answer[case]
     assert got["changed"] == got["different"] == 0 < got["moved"] == got["arrays"]
@@ -37,6 +53,7 @@ def test_the_step_is_as_if_it_had_not_been(case: str, answer: dict[str, Any]) ->
     assert math.isfinite(float(got["loss"])) == ("gradient" in case)
 
 
-def test_a_step_more_would_be_seen(answer: dict[str, Any]) -> None:
-    got = answer[CONTROL]
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_step_more_would_be_seen(control: str, answer: dict[str, Any]) -> None:
+    got = answer[control]
     assert got["changed"] == got["arrays"] and got["different"] > 0

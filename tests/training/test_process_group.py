@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from distributed import free_port
 
+from toolkit.last_words import OTHER_KEY, store_of_first_rank
 from toolkit.recipe import RecipeError
 from toolkit.training import process_group
 from toolkit.training.process_group import LONGEST_COMPILE_SECONDS, clear_compiler_locks
@@ -54,6 +55,34 @@ def test_a_young_lock_of_nobody_is_waited_for(lock: Path, monkeypatch: pytest.Mo
     clear_compiler_locks()
     owner.join()
     assert not lock.exists()
+
+
+def test_what_another_rank_says_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three does not come but tells why: the first ends with its code, and so does the one that came."""
+    place = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise SystemExit
+
+    def come_and_tell() -> None:
+        store = store_of_first_rank(20)
+        store.set("arrived/1", "node2")
+        store.set(OTHER_KEY, "")
+        store.wait(["all arrived"])
+        told.append(store.get("all arrived").decode())
+
+    told: list[str] = []
+    monkeypatch.setattr(process_group.os, "_exit", leave)
+    other = threading.Thread(target=come_and_tell)
+    other.start()
+    with pytest.raises(SystemExit):
+        process_group.roll_call()
+    other.join()
+    assert codes == [2] and told == ["told by another rank"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

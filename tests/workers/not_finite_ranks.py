@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import random_pools, revela_stage
+from tiny import random_crops, random_pools, revela_stage, stage_of
 
 from toolkit.collectives import rank, world_size
 from toolkit.last_words import end
@@ -21,7 +21,10 @@ SEED = 3
 
 
 def step(engine: Any, stage: Stage, number: int) -> dict[str, float]:
-    pools = random_pools(2 * world_size(), stage.batch.pool, seed=number)
+    if stage.objective.name == "revela":
+        pools = random_pools(2 * world_size(), stage.batch.pool, seed=number)
+    else:
+        pools = random_crops(2 * world_size(), stage.batch.pool, 3, seed=number)
     return train_step(engine, stage, pools[rank() :: world_size()], number, SEED, 0.0, CPU)
 
 
@@ -40,21 +43,29 @@ def poison(engine: Any, what: str) -> None:
     engine.module.forward = poisoned
 
 
+def all_state(engine: Any, stage: Stage) -> dict[str, torch.Tensor]:
+    """Trainable weights, and what the objective keeps besides."""
+    kept = {name: tensor.clone() for name, tensor in engine.module.extra_state().items()}
+    return gather_trainable(engine.module, stage.zero.stage) | kept
+
+
 def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
     """Steps with a poisoned one between them, and the same without; what differs after them."""
-    stage = revela_stage(**{"optim__lr": 1e-2, "optim__clip": 1.0, "optim__steps": 4} | case["changes"])
+    changes = {"optim__lr": 1e-2, "optim__clip": 1.0, "optim__steps": 4} | case["changes"]
+    stage = revela_stage(**changes) if case["method"] == "revela" else stage_of(case["method"], **changes)
+    lm = Path(folders["llama_lm"]) if case["method"] == "revela" else None
     stage = stage.model_copy(update={"batch": stage.batch.model_copy(update={"pools_per_step": 2 * world_size()})})
     weights, values = [], {}
     for poisoned in (False, True):
-        engine = build_engine(stage, SEED, CPU, Path(folders["llama"]), None, Path(folders["llama_lm"]))
+        engine = build_engine(stage, SEED, CPU, Path(folders["llama"]), None, lm)
         step(engine, stage, 0)
         if poisoned:
             poison(engine, case["what"])
-            before = gather_trainable(engine.module, stage.zero.stage)
+            before = all_state(engine, stage)
             values = step(engine, stage, 1)
-            after = gather_trainable(engine.module, stage.zero.stage)
+            after = all_state(engine, stage)
         step(engine, stage, 2)
-        weights.append(gather_trainable(engine.module, stage.zero.stage))
+        weights.append(all_state(engine, stage))
         engine.destroy()
     return {
         "changed": sum(not torch.equal(before[name], after[name]) for name in before),
