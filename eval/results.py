@@ -4,8 +4,9 @@ Called by eval.evaluate on rank 0.
 """
 
 import json
+import platform
 import re
-import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def write_results(
 ) -> None:
     """Write all files of an evaluation; `record` says what was scored and how."""
     folder.mkdir(parents=True, exist_ok=True)
-    versions = _versions()
+    versions = {"python": platform.python_version(), **installed(PACKAGES)}
     collections, per_query = {}, {}
     for name, result in results.items():
         if isinstance(result, Result):
@@ -145,11 +146,10 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in PACKAGES:
-        try:
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those of these packages that are there."""
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):  # one of the two faiss packages, or both
             versions[package] = version(package)
-        except PackageNotFoundError:  # one of the two faiss packages, or both
-            continue
     return versions

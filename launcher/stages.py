@@ -35,7 +35,7 @@ from toolkit.recipe import Recipe, RecipeError, batch_numbers
 from toolkit.watch import Watch
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
-PACKAGES += ("pytrec-eval-terrier", "scipy", "numpy")
+PACKAGES += ("faiss-cpu", "faiss-gpu", "pytrec-eval-terrier", "scipy", "numpy")
 
 
 def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
@@ -203,6 +203,7 @@ def _logged_stages(log: Path) -> set[str]:
 
 def environment() -> dict[str, Any]:
     """Where a run takes place: command, versions, machine; no variable of the environment."""
+    from eval.results import installed
     from toolkit.training.loop import command
 
     return {
@@ -211,7 +212,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "world_size": world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"toolkit": f"{version('toolkit')} {_commit()}".strip(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"toolkit": f"{version('toolkit')} {_commit()}".strip(), **installed(PACKAGES)},
     }
 
 

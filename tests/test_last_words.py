@@ -7,10 +7,10 @@ from distributed import free_port
 
 from toolkit import last_words
 
+CASES = [("0", "RANK", True), ("1", "RANK", False), ("0", "PMI_RANK", True)]
 
-@pytest.mark.parametrize(
-    ("local", "launcher", "speaks"), [("0", "RANK", True), ("1", "RANK", False), ("0", "PMI_RANK", True)]
-)
+
+@pytest.mark.parametrize(("local", "launcher", "speaks"), CASES)
 def test_the_first_rank_of_a_machine_speaks_where_rank_0_is_not_there(
     local: str, launcher: str, speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
