@@ -26,7 +26,7 @@ def locked(run: Path) -> TextIO:
     deadline, said = time.monotonic() + SECONDS_TO_FREE, False
     while not _lock(file):
         file.seek(0)
-        holder = file.read().strip()
+        holder = file.read().strip() or "another run"  # which has not written its name yet
         if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > deadline:
             raise RecipeError(f"{run}: is in use by {holder}; wait for its end, or end it")
         if not said:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import DistStoreError
+from torch.distributed import DistNetworkError, DistStoreError
 
 from toolkit.recipe import Recipe, RecipeError
 
@@ -25,7 +25,7 @@ SECONDS_TO_APPEAR = 5
 _PROBE, _VERDICT = "preflight/file of rank 0", "preflight/problems"
 _FIXES = {
     **dict.fromkeys(("python", *PACKAGES), "use one .venv on all nodes, or install with constraints.txt on each"),
-    "device": "see nvidia-smi and CUDA_VISIBLE_DEVICES there, and the slots of the hostfile",
+    "device": "see nvidia-smi there",
     "digest of the recipe": "give all nodes the same checkout and the same recipe file",
     "run folder": "start in the same folder on all nodes, or give --output a path that is one on all of them",
 }
@@ -43,6 +43,7 @@ def compare_ranks(store: Any, recipe: Recipe, run: Path) -> None:
             that a rank does not answer.
     """
     own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    problems = ""
     if own > 0:
         (probe,) = _answers(store, [_PROBE], SECONDS_TO_ANSWER)
         store.set(f"preflight/{own}", json.dumps(own_facts(recipe, run, Path(probe) if probe else None)))
@@ -54,11 +55,13 @@ def compare_ranks(store: Any, recipe: Recipe, run: Path) -> None:
             store.set(_PROBE, "" if denied else str(probe))
             facts = own_facts(recipe, run, None if denied else probe)
             answers = _answers(store, [f"preflight/{rank}" for rank in range(1, ranks)], SECONDS_TO_ANSWER)
+            everyone = [facts | {"denied": denied or facts["denied"]}, *map(json.loads, answers)]
+            problems = "\n".join(differences(everyone))
+        except RecipeError as error:
+            problems = str(error)
         finally:
             if not denied:
                 probe.unlink(missing_ok=True)
-        everyone = [facts | {"denied": denied or facts["denied"]}, *map(json.loads, answers)]
-        problems = "\n".join(differences(everyone))
         store.set(_VERDICT, problems)
     if problems:
         raise RecipeError(problems)
@@ -68,6 +71,8 @@ def _answers(store: Any, keys: list[str], seconds: float) -> list[str]:
     """What other ranks have left under these keys: "preflight/<rank>", or rank 0 under its own."""
     try:
         store.wait(keys, timedelta(seconds=seconds))
+    except DistNetworkError:
+        raise RecipeError(f"rank 0: does not answer {socket.gethostname()}: it was killed, or is cut off") from None
     except DistStoreError:
         missing = [key.removeprefix("preflight/") for key in keys if not store.check([key])]
         ranks = [int(key) if key.isdecimal() else 0 for key in missing]
@@ -86,20 +91,14 @@ def own_facts(recipe: Recipe, run: Path, probe: Path | None) -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "device": _device(),
+        "device": "GPU" if torch.cuda.is_available() else "CPU",
+        "GPUs": torch.cuda.device_count(),
+        "local rank": int(os.environ.get("LOCAL_RANK", "0")),
         "digest of the recipe": hashlib.sha256(recipe.to_json().encode()).hexdigest()[:16],
         "run folder": str(run),
         "shared": shared,
         "denied": _denied(probe.with_name(f"{probe.name}_{os.environ['RANK']}")) if probe and shared else "",
     }
-
-
-def _device() -> str:
-    """What this rank will train on."""
-    if not torch.cuda.is_available():
-        return "CPU"
-    count = torch.cuda.device_count()
-    return "a GPU" if int(os.environ["LOCAL_RANK"]) < count else f"only {count} GPUs for more ranks"
 
 
 def differences(facts: list[dict[str, Any]]) -> list[str]:
@@ -114,6 +113,12 @@ def differences(facts: list[dict[str, Any]]) -> list[str]:
             if value != usual:
                 odd = _hosts(facts, [fact[what] == value for fact in facts])
                 problems.append(f"{what}: {value} on {odd}, but {usual} on {reference}; {fix}")
+    lacking = [fact["device"] == "GPU" and fact["local rank"] >= fact["GPUs"] for fact in facts]
+    if any(lacking):
+        problems.append(
+            f"no GPU of its own for {_hosts(facts, lacking)}; give each node as many slots in the hostfile "
+            "(--num_gpus) as it has GPUs, or see CUDA_VISIBLE_DEVICES there"
+        )
     if len({fact["run folder"] for fact in facts}) > 1:
         return problems  # what that folder is to others says nothing more
     run, first = facts[0]["run folder"], facts[0]["host"]

@@ -165,6 +165,10 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
     """
     path = run / "recipe.json"
     try:
+        if not path.exists() and run.exists() and any(entry.name != LOCK for entry in run.iterdir()):
+            raise RecipeError(f"{run}: is not empty and holds no recipe.json; choose another --output")
+        run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(run))
         if path.exists():
             old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(recipe.to_json())
             logged = _logged_stages(run / "log.jsonl")
@@ -181,10 +185,6 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
             different = _first_difference(old, new)
             if different:
                 raise RecipeError(f"{run}: was made by a different recipe ({different}); choose another --output")
-        elif run.exists() and any(entry.name != LOCK for entry in run.iterdir()):
-            raise RecipeError(f"{run}: is not empty and holds no recipe.json; choose another --output")
-        run.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(run))
         replace_text(path, recipe.to_json())
         replace_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
     except (OSError, ValueError, KeyError, TypeError) as error:

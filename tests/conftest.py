@@ -5,11 +5,14 @@ environment, as .ci/run does, that is a failure too.
 """
 
 import os
+import signal
 
 import pytest
 
 # Before torch and transformers are imported; inherited by the processes that tests start.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it in its background; so would these processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

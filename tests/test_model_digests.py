@@ -26,7 +26,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_every_byte_of_weights_and_config_counts(sources: list[ModelSource]) -> None:
+def test_every_byte_of_weights_and_config_counts(sources: list[ModelSource], tmp_path: Path) -> None:
     first = model_digests(sources)
     assert len(first) == 2 and first[0] != first[1] and model_digests(sources) == first
     flip(sources[1].folder / "model.safetensors")
@@ -34,12 +34,16 @@ def test_every_byte_of_weights_and_config_counts(sources: list[ModelSource]) -> 
     assert second[0] == first[0] and second[1] != first[1]
     (sources[0].folder / "README.md").write_text("nothing that is loaded")
     assert model_digests(sources) == second
-    adapter = sources[0].folder / "adapter"
+    adapter, seen = tmp_path / "adapter", {first[0]}
     adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"adapter")
-    with_adapter = model_digests([sources[0]._replace(adapter=adapter)])
-    flip(adapter / "adapter_model.safetensors")
-    assert len({first[0], *with_adapter, *model_digests([sources[0]._replace(adapter=adapter)])}) == 3
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.json"):
+        (adapter / name).write_text(f"{name} of the adapter, here")
+    adapted = [sources[0]._replace(adapter=adapter)]
+    files = [adapter / "adapter_model.safetensors", adapter / "adapter_config.json", adapted[0].folder / "config.json"]
+    for changed in files:
+        seen |= set(model_digests(adapted))
+        flip(changed)
+    assert len(seen | set(model_digests(adapted))) == 5
 
 
 def ranks(monkeypatch: pytest.MonkeyPatch, hosts: list[str], rank: int, others: Any) -> list[str]:

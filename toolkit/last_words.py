@@ -26,6 +26,7 @@ _PAUSE, _SECONDS_TO_LOOK = 0.2, 1.0
 _told = threading.Event()  # this process has said why it ends
 _asked: list[int] = []  # the signals that wait for the end of a step
 _in_steps = threading.Event()
+_verdict_seconds = 0.0  # see judged_within
 
 
 class Interrupted(Exception):
@@ -142,7 +143,7 @@ def _listens(address: str, port: int) -> bool:
 
 def end_at_signals() -> None:
     """From now on signals end the process: SIGINT at once (exit code 130), SIGTERM and SIGUSR1 with code STOPPED, at
-    once too or, within `steps`, when the step is done and saved.
+    once too (but see judged_within) or, within `steps`, when the step is done and saved.
 
     A thread does it, since the main thread may be waiting for another rank, and since the deepspeed launcher sends
     SIGTERM right behind a Ctrl-C. What was being written counts as unwritten, as after any crash.
@@ -153,6 +154,14 @@ def end_at_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)  # in the main thread; the number has gone down the pipe before
     threading.Thread(target=_obey, args=(reading,), name="signals", daemon=True).start()
+
+
+def judged_within(seconds: float) -> None:
+    """From now on somebody finds out within so many seconds that another rank died. The deepspeed launcher then sends
+    SIGTERM, so outside `steps` this process ends so much later, unless who has found it ends it before.
+    """
+    global _verdict_seconds
+    _verdict_seconds = seconds
 
 
 @contextmanager
@@ -171,8 +180,14 @@ def steps() -> Iterator[Callable[[], bool]]:
 def _obey(reading: int) -> None:
     while True:
         number = os.read(reading, 1)[0]
-        if number == signal.SIGINT or not _in_steps.is_set():
+        outside = not _in_steps.is_set()
+        if number == signal.SIGINT or (outside and (number == signal.SIGUSR1 or _verdict_seconds == 0)):
             _end_at(number)
+        if outside and not _asked:
+            notice(
+                f"\nrank {os.environ['RANK']}: SIGTERM; ends in {_verdict_seconds:g} s, or when a rank is found dead"
+            )
+            threading.Timer(_verdict_seconds, _end_at, (number,)).start()
         _asked.append(number)
 
 

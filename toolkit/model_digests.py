@@ -22,7 +22,7 @@ def model_digests(sources: list[ModelSource]) -> list[str]:
     """
     hosts = gather_texts(socket.gethostname())
     here = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
-    files = [(f"{number} {path.name}", path) for number, source in enumerate(sources) for path in _files(source)]
+    files = [(f"{number} {name}", path) for number, source in enumerate(sources) for name, path in _files(source)]
     own = files[here.index(rank()) :: len(here)]
     found: dict[str, dict[str, str]] = {}
     for host, text in zip(hosts, gather_texts(json.dumps(on_every_rank(lambda: _hashes(own)))), strict=True):
@@ -33,10 +33,12 @@ def model_digests(sources: list[ModelSource]) -> list[str]:
     return [hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in parts]
 
 
-def _files(source: ModelSource) -> list[Path]:
-    folders = [folder for folder in (source.folder, source.adapter) if folder is not None]
-    files = [path for folder in folders for path in sorted(folder.iterdir())]
-    return [path for path in files if path.suffix == ".safetensors" or path.name in ("config.json", ADAPTER_CONFIG)]
+def _files(source: ModelSource) -> list[tuple[str, Path]]:
+    """Files that a model is made of, by names that a base and its adapter do not share."""
+    adapter = [] if source.adapter is None else [("adapter/", path) for path in sorted(source.adapter.iterdir())]
+    files = [("", path) for path in sorted(source.folder.iterdir())] + adapter
+    names = ("config.json", ADAPTER_CONFIG)
+    return [(at + path.name, path) for at, path in files if path.suffix == ".safetensors" or path.name in names]
 
 
 def _hashes(files: list[tuple[str, Path]]) -> dict[str, str]:

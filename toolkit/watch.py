@@ -19,7 +19,15 @@ from torch import distributed
 
 from toolkit import slicing
 from toolkit.collectives import barrier, rank, world_size
-from toolkit.last_words import KEY, OTHER_KEY, WAIT_SECONDS, is_told_by_another, store_of_first_rank, tell
+from toolkit.last_words import (
+    KEY,
+    OTHER_KEY,
+    WAIT_SECONDS,
+    is_told_by_another,
+    judged_within,
+    store_of_first_rank,
+    tell,
+)
 
 LOST = 5
 """Exit code of a run that lost a rank, or whose ranks went different ways; the same command goes on."""
@@ -145,6 +153,8 @@ class Watch:
         self._say()
         self._answered = time.monotonic()
         self._thread.start()
+        if self._store is not None:
+            judged_within(DEAD_SECONDS + 2 * BEAT_SECONDS)
         if rank() != 0:
             threading.Thread(target=self._listen, name="listen", daemon=True).start()
         return self

@@ -127,20 +127,28 @@ def test_a_rank_that_stands_still_or_differs_is_named(
 
 @FULL
 @pytest.mark.parametrize(
-    ("what", "rank", "step"),
-    [("kill", 1, 5), ("kill", 0, 5), ("kill_saving", 1, 6), ("freeze", 1, 5), ("freeze", 0, 5)],
+    ("what", "rank", "step", "saved"),
+    [
+        ("kill", 1, 5, 4),
+        ("kill", 0, 5, 4),
+        ("kill_saving", 1, 6, 4),
+        ("kill_exporting", 1, 8, 8),
+        ("kill_exporting", 0, 8, 8),
+        ("freeze", 1, 5, 4),
+        ("freeze", 0, 5, 4),
+    ],
 )
 def test_a_rank_that_dies_ends_the_others(
-    what: str, rank: int, step: int, recipe: Path, whole_of_three: Path, tmp_path: Path
+    what: str, rank: int, step: int, saved: int, recipe: Path, whole_of_three: Path, tmp_path: Path
 ) -> None:
-    """In a step or in a save; the save before it stays, and the run goes on from there."""
+    """In a step, in a save or after all steps; the save before it stays, and the run goes on from there."""
     done, said, _ = run_with(f"{what} {rank} {step}", recipe, tmp_path / "run", ranks=3)
     seconds = time.time() - (tmp_path / "run" / "log.jsonl").stat().st_mtime  # since the last step was logged
     assert done.returncode not in (0, 1), said[-20:]
     named = [line for line in said if re.match(rf"rank {rank} \(.+\): (not heard of for|does not answer)", line)]
     assert named and seconds < 60, (seconds, said[-20:])
     print(f"{what} {rank}: all had ended {seconds:.0f} s after the last step")
-    assert go_on(recipe, tmp_path / "run", ranks=3) == 4
+    assert go_on(recipe, tmp_path / "run", ranks=3) == saved
     assert_same_run(tmp_path / "run", whole_of_three)
 
 

@@ -3,6 +3,9 @@
 import json
 import re
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from launcher.preflight import compare_ranks, differences, own_facts
 from toolkit.recipe import RecipeError, load_recipe
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
-SAME = VERSIONS | {"device": "a GPU", "digest of the recipe": "a1", "run folder": "/shared/run"}
-SAME |= {"shared": True, "denied": ""}
+SAME = VERSIONS | {"digest of the recipe": "a1", "run folder": "/shared/run", "shared": True, "denied": ""}
+SAME |= {"device": "GPU", "GPUs": 8, "local rank": 0}
 
 
 def ranks(*hosts: str, **odd: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,6 +66,16 @@ def test_run_folders_at_different_places_are_one_problem() -> None:
     ]
 
 
+def test_ranks_without_a_gpu_are_named() -> None:
+    """However many they are; and a node whose GPUs are not found at all."""
+    facts = [fact | {"GPUs": 2, "local rank": k % 4} for k, fact in enumerate(ranks(*"aaaabbbb"))]
+    assert [line.partition(";")[0] for line in differences(facts)] == [
+        "no GPU of its own for a (ranks 2 to 3), b (ranks 6 to 7)"
+    ]
+    lines = differences(ranks(*"aab", b={"device": "CPU", "GPUs": 0}))
+    assert lines == ["device: CPU on b (rank 2), but GPU on a; see nvidia-smi there"]
+
+
 @pytest.fixture
 def recipe(tmp_path: Path):
     (tmp_path / "recipe.json").write_text(json.dumps(TINY))
@@ -80,14 +93,12 @@ def test_a_rank_tells_what_it_has(recipe, tmp_path, monkeypatch) -> None:
     assert sorted(tmp_path.iterdir()) == before
     monkeypatch.setattr(preflight, "SECONDS_TO_APPEAR", 0.2)
     assert not own_facts(recipe, tmp_path / "run", tmp_path / "elsewhere")["shared"]
-    assert facts["device"] == "CPU"
+    assert (facts["device"], facts["GPUs"], facts["local rank"]) == ("CPU", 0, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = []
-    for local in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(local))
-        devices.append(own_facts(recipe, tmp_path, probe)["device"])
-    assert devices == ["a GPU", "a GPU", "only 2 GPUs for more ranks"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    facts = own_facts(recipe, tmp_path, probe)
+    assert (facts["device"], facts["GPUs"], facts["local rank"]) == ("GPU", 2, 3)
     changed = recipe.model_copy(update={"seed": recipe.seed + 1})
     assert own_facts(changed, tmp_path, probe)["digest of the recipe"] != facts["digest of the recipe"]
 
@@ -118,10 +129,34 @@ def test_a_folder_that_rank_0_cannot_write_is_refused(recipe, tmp_path, two_rank
 
 
 def test_a_rank_that_does_not_answer_is_named(recipe, tmp_path, two_ranks, monkeypatch) -> None:
+    """To the others too, who wait for the first."""
     monkeypatch.setattr(preflight, "SECONDS_TO_ANSWER", 0.5)
-    with pytest.raises(RecipeError, match=r"^rank 1 \(node2\): no answer for 0.5 s; "):
+    with pytest.raises(RecipeError, match=r"^rank 1 \(node2\): no answer for 0.5 s; ") as raised:
         compare_ranks(two_ranks, recipe, tmp_path / "run")
+    told = str(raised.value)
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(RecipeError) as raised:
+        compare_ranks(two_ranks, recipe, tmp_path / "run")
+    assert str(raised.value) == told
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_a_first_rank_that_is_gone_is_named(recipe, tmp_path, monkeypatch) -> None:
+    """Its store goes with it, while the others wait."""
+    port = free_port()
+    opened = f"store = TCPStore('127.0.0.1', {port}, 2, is_master=True, wait_for_workers=False)"
+    code = f"import time; from torch.distributed import TCPStore; {opened}; time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        store = TCPStore("127.0.0.1", int(port), 2, wait_for_workers=False)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        threading.Timer(1, first.kill).start()
+        with pytest.raises(RecipeError, match=rf"^rank 0: does not answer {socket.gethostname()}: it was killed, or"):
+            compare_ranks(store, recipe, tmp_path / "run")
+    finally:
+        first.kill()
+        first.wait()
 
 
 def test_an_odd_rank_is_refused_in_a_run(tmp_path: Path) -> None:

@@ -2,18 +2,24 @@
 
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from distributed import free_port
+from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from toolkit.last_words import OTHER_KEY, store_of_first_rank
 from toolkit.recipe import RecipeError
 from toolkit.training import process_group
 from toolkit.training.process_group import LONGEST_COMPILE_SECONDS, clear_compiler_locks
+from toolkit.watch import LOST
 
 
 @pytest.fixture(params=["operation", "py311_cpu/operation"])
@@ -58,7 +64,7 @@ def test_a_young_lock_of_nobody_is_waited_for(lock: Path, monkeypatch: pytest.Mo
 
 
 def test_what_another_rank_says_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of three does not come but tells why: the first ends with its code, and so does the one that came."""
+    """One of three does not come but tells why: the first ends with its code, and says so to the one that came."""
     place = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
@@ -83,6 +89,44 @@ def test_what_another_rank_says_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -
         process_group.roll_call()
     other.join()
     assert codes == [2] and told == ["told by another rank"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    first = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 3, is_master=True, wait_for_workers=False)
+    first.set("all arrived", told[0])
+    with pytest.raises(SystemExit):
+        process_group.roll_call()
+    assert codes == [2, 2]
+
+
+def test_a_start_that_another_rank_holds_up_ends(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Rank 0 is frozen with its store: torch's own timeout does not come, ours does; not where it is in time."""
+    opened = "store = TCPStore('127.0.0.1', 0, 2, is_master=True, wait_for_workers=False)"
+    told = "print(store.port, flush=True)"
+    code = f"import time; from torch.distributed import TCPStore; {opened}; {told}; time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    place = {"RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": first.stdout.readline().strip()}
+    for name, value in ({"WORLD_SIZE": "2"} | place).items():
+        monkeypatch.setenv(name, value)
+    store = store_of_first_rank(20)
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        first.send_signal(signal.SIGCONT)
+        first.kill()
+
+    monkeypatch.setattr(process_group.os, "_exit", leave)
+    with process_group._ended_after(600, "nothing"):
+        store.set("arrived/1", "here")
+    assert not codes
+    first.send_signal(signal.SIGSTOP)
+    with pytest.raises(DistError), process_group._ended_after(1, "the ranks have not met"):
+        store.wait(["all arrived"], timedelta(seconds=0.2))
+    first.wait()
+    assert codes == [LOST]
+    said = f"rank 1 ({socket.gethostname()}): the ranks have not met within 1 s: one is stopped, or cut off; "
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -14,7 +14,7 @@ from toolkit.training import checkpoint, loop
 
 WHAT, RANK, STEP = os.environ["FAULT"].split()
 SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "warn": signal.SIGUSR1, "terminate": signal.SIGTERM}
-read, train_step, seal = Stream.__next__, loop.train_step, checkpoint._seal
+read, train_step, seal, live_vectors = Stream.__next__, loop.train_step, checkpoint._seal, loop.live_vectors
 
 
 def next_step(stream: Stream) -> StepData:
@@ -48,12 +48,20 @@ def faulty_seal(aside: Path, files: list[Path]) -> None:
     seal(aside, files)
 
 
+def faulty_export(*of: Any) -> Any:
+    """After the steps, the last of which is saved."""
+    if WHAT == "kill_exporting" and rank() == int(RANK):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return live_vectors(*of)
+
+
 def _is_now(step: int) -> bool:
     return rank() == int(RANK) and step + 1 == int(STEP)
 
 
 Stream.__next__ = next_step
 checkpoint._seal = faulty_seal
+loop.live_vectors = faulty_export  # pyright: ignore[reportAttributeAccessIssue]
 loop.train_step = faulty_step  # pyright: ignore[reportAttributeAccessIssue]
 last_words.end_at_signals()
 last_words.end(run.main())

@@ -85,7 +85,7 @@ def run_case(case: dict[str, Any], folders: dict[str, str], checkpoints: Path, s
 
     answer: dict[str, Any] = {}
     first = 0 if case["control"] == "before any step" else SAVED  # as if all steps until then had been left out
-    saved = RunState(SAVED, 0, 17, "stage", "data", ["tokenizer"])
+    saved = RunState(SAVED, 0, 17, "stage", "data", ["tokenizer"], ["model"])
     weights_file = checkpoints / "weights.safetensors"
     if save:
         engine = build()

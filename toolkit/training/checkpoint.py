@@ -182,7 +182,8 @@ def _damage(checkpoint: Path) -> str:
         return f"{checkpoint}: its description cannot be read ({' '.join(str(error).split())[:80]})"
     if len(parts) != written:
         return f"{checkpoint}: {len(parts)} of {written} files manifest_*.json are there"
-    if unlisted := sorted({path.name for path in checkpoint.iterdir()} - {path.name for path in parts} - set(manifest)):
+    read = {path.name for path in (*checkpoint.glob("weights_*.safetensors"), *checkpoint.glob(EXTRA))}
+    if unlisted := sorted((read | {"run_state.json"}) - set(manifest)):
         return f"{checkpoint / unlisted[0]}: is in no file manifest_*.json"
     for path in [checkpoint / name for name in sorted(manifest)][rank() :: world_size()]:  # each is read once
         size, digest = manifest[path.name]

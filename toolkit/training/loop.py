@@ -23,6 +23,7 @@ from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.data.stream import StepData, Stream
 from toolkit.export import write_export
 from toolkit.export_check import check_export
+from toolkit.files import sync
 from toolkit.last_words import Interrupted, steps
 from toolkit.model_digests import model_digests, tokenizer_digests
 from toolkit.models.backbone import DTYPES, load_tokenizer
@@ -230,6 +231,7 @@ def _not_finite(stage: Stage, folder: Path, data: StepData, values: dict[str, fl
     def write() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found | {"pools": data.rows.tolist()}) + "\n")
+        sync(path)
 
     on_rank_zero(write)
     if stage.guard.non_finite == "stop":

@@ -77,7 +77,7 @@ class Log:
                 self._board.add_scalar(f"{self._stage}/{name}", value, self._first + step)
 
     def sync(self) -> None:
-        """Wait until all is on the disk: a checkpoint is not there before its steps are."""
+        """Wait until log.jsonl is on the disk: a checkpoint is not there before its steps are."""
         os.fsync(self._file.fileno())
         self._board.flush()
 

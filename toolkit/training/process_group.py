@@ -5,10 +5,11 @@ import glob
 import os
 import socket
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.utils.cpp_extension import get_default_build_root
 
 from toolkit.collectives import PATIENCE
-from toolkit.last_words import OTHER_KEY, notice, store_of_first_rank
+from toolkit.last_words import OTHER_KEY, notice, store_of_first_rank, tell
 from toolkit.recipe import RecipeError
+from toolkit.watch import LOST
 
 SECONDS_TO_SAY, SECONDS_TO_ARRIVE = 45, 600
 """After how long missing ranks are named, and given up: nodes with cold disks take minutes to import torch."""
+SECONDS_TO_CONNECT = 600
+"""For what comes between that and the watch."""
 _ARRIVED, _TOLD = "all arrived", "told by another rank"
 LONGEST_COMPILE_SECONDS = 120
 """How long a lock is left alone that no process of this machine holds: one of another machine may, in a shared home."""
@@ -49,17 +53,52 @@ def start_distributed(check: Callable[[Any], None] | None = None) -> torch.devic
         clear_compiler_locks()
     backend = "nccl" if cuda else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        store, own, ranks = roll_call(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if check is not None:
-            check(store)
-        distributed.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=PATIENCE)
+        with _ended_after(2 * SECONDS_TO_ARRIVE, "the ranks have not met"):
+            store, own, ranks = roll_call(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        with _ended_after(SECONDS_TO_CONNECT, f"{backend} does not connect the ranks"):
+            if check is not None:
+                check(store)
+            device = _own_device()
+            distributed.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=PATIENCE)
+            distributed.barrier()
+    else:
+        device = _own_device()
     deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
     if not cuda:
         _release_shared_memory()
+    return device
+
+
+def _own_device() -> torch.device:
+    """This rank's, before NCCL takes the first for all of them."""
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def _ended_after(seconds: float, problem: str) -> Iterator[None]:
+    """End this process, which nobody watches yet, if the block takes longer: a store whose process is frozen keeps its
+    clients for ever. Said once on every machine.
+    """
+
+    def end() -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            said = (
+                f"rank {os.environ['RANK']} ({socket.gethostname()}): {problem} within {seconds:g} s: one is stopped, "
+            )
+            tell(f"{said}or cut off; see what the other nodes say, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")
+        os._exit(LOST)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def roll_call() -> Any:
