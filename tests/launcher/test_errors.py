@@ -41,9 +41,10 @@ def test_a_typo_is_answered_at_once_and_alone() -> None:
     assert min(seconds) < 2, seconds
 
 
-def test_ranks_but_the_first_say_nothing(capsys, monkeypatch, tmp_path) -> None:
+def test_ranks_but_the_first_of_a_machine_say_nothing(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "none.json")])
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert launcher.main() == 2 and capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
     assert launcher.main() == 2

@@ -40,7 +40,7 @@ def part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.mark.usefixtures("part_of_the_corpus")
 def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     recipe = json.loads((RECIPES / "tiny" / f"{method}.json").read_text())
-    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
     first, second = (tmp_path / "run" / f"stage_{i}_{stage['name']}" for i, stage in enumerate(recipe["stages"]))
     for folder in (first, second):
         done = json.loads((folder / "done.json").read_text())
@@ -68,7 +68,7 @@ def test_neighbours_and_near_duplicates_of_a_run(tmp_path: Path, monkeypatch: py
     first, second = recipe["stages"]
     first["data"]["neighbours"] = {"by": "bm25", "text": "code"}
     second["data"] |= {"neighbours": {"by": "embeddings"}, "near_duplicates": {"ngram": 1, "threshold": 0.2}}
-    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
     assert len(list((tmp_path / "run" / "prepared").glob("bundles_*"))) == 2
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 2, 3, 4] * 2
@@ -84,7 +84,7 @@ def test_a_stage_on_negatives_that_the_one_before_finds(
 ) -> None:
     """Train, mine, train; then on from the middle of the last stage, whose rows are mined again."""
     recipe = json.loads((RECIPES / "tiny" / "mined.json").read_text())
-    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.count("data.sources.0: mined: ") == 1
     run = tmp_path / "run"
     last = run / "stage_2_mined"
@@ -105,7 +105,7 @@ def test_a_stage_on_negatives_that_the_one_before_finds(
     (last / "done.json").unlink()
     shutil.rmtree(last / "checkpoints" / "step_00000004")
     shutil.rmtree(mined)
-    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.count("data.sources.0: mined: ") == 1
     for line, again in zip(first, log()[-4:], strict=True):
         assert all(line[key] == again[key] for key in ("loss", "grad_norm", "rows"))
