@@ -49,8 +49,12 @@ def grown(found: dict[int, tuple[float, int]]) -> float:
     return sum(settled[-3:]) / 3 - sum(settled[:3]) / 3
 
 
-def files(found: dict[int, tuple[float, int]]) -> set[int]:
-    return {count for step, (_, count) in found.items() if step >= SETTLED}
+def opened(found: dict[int, tuple[float, int]]) -> int:
+    """Fewest files open in the second half of the settled steps, beyond those in the first; TensorBoard opens its file
+    for every write, now and then while they are counted."""
+    counts = [found[step][1] for step in sorted(found) if step >= SETTLED]
+    half = len(counts) // 2
+    return min(counts[half:]) - min(counts[:half])
 
 
 @pytest.mark.full
@@ -58,7 +62,7 @@ def test_memory_and_files_do_not_grow(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a").mkdir()
     found = measured(tmp_path / "a", monkeypatch, None)
     print(json.dumps({"MiB grown": round(grown(found), 2), "step: MiB, open files": found}))
-    assert grown(found) < MIB_GROWN and len(files(found)) == 1
+    assert grown(found) < MIB_GROWN and opened(found) <= 0
     (tmp_path / "b").mkdir()
     control = measured(tmp_path / "b", monkeypatch, [])
-    assert grown(control) > 2 * MIB_GROWN and len(files(control)) > 1
+    assert grown(control) > 2 * MIB_GROWN and opened(control) > 5
