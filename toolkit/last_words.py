@@ -174,21 +174,25 @@ def steps() -> Iterator[Callable[[], bool]]:
     yield lambda: bool(_asked)  # no finally: see above
     _in_steps.clear()
     if _asked:  # after the last step, which is saved
-        _end_at(_asked[0])
+        _end_outside_steps(_asked[0])
 
 
 def _obey(reading: int) -> None:
     while True:
         number = os.read(reading, 1)[0]
-        outside = not _in_steps.is_set()
-        if number == signal.SIGINT or (outside and (number == signal.SIGUSR1 or _verdict_seconds == 0)):
+        if number == signal.SIGINT:
             _end_at(number)
-        if outside and not _asked:
-            notice(
-                f"\nrank {os.environ['RANK']}: SIGTERM; ends in {_verdict_seconds:g} s, or when a rank is found dead"
-            )
-            threading.Timer(_verdict_seconds, _end_at, (number,)).start()
+        if not _in_steps.is_set():
+            _end_outside_steps(number)
         _asked.append(number)
+
+
+def _end_outside_steps(number: int) -> None:
+    if number == signal.SIGUSR1 or _verdict_seconds == 0:
+        _end_at(number)
+    rank = os.environ["RANK"]
+    notice(f"\nrank {rank}: SIGTERM; ends in {_verdict_seconds:g} s, or when another is found dead")
+    threading.Timer(_verdict_seconds, _end_at, (number,)).start()
 
 
 def _end_at(number: int) -> NoReturn:

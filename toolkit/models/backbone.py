@@ -140,6 +140,8 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     supported = CAUSAL_TYPES + ENCODER_TYPES
     with _readable(folder):
         found = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if found is None:
+            raise ValueError("config.json is not there, or names no model_type")
         if found in supported:
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     raise ValueError(f"{folder}: model type {found!r} is not supported; use one of {', '.join(supported)}")

@@ -86,10 +86,8 @@ def _ended_after(seconds: float, problem: str) -> Iterator[None]:
 
     def end() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            said = (
-                f"rank {os.environ['RANK']} ({socket.gethostname()}): {problem} within {seconds:g} s: one is stopped, "
-            )
-            tell(f"{said}or cut off; see what the other nodes say, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")
+            said = f"rank {os.environ['RANK']} ({socket.gethostname()}): {problem} within {seconds:g} s: one is"
+            tell(f"{said} stopped, or cut off; see what the other nodes say, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")
         os._exit(LOST)
 
     timer = threading.Timer(seconds, end)
