@@ -43,7 +43,6 @@ def compare_ranks(store: Any, recipe: Recipe, run: Path) -> None:
             that a rank does not answer.
     """
     own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    problems = ""
     if own > 0:
         (probe,) = _answers(store, [_PROBE], SECONDS_TO_ANSWER)
         store.set(f"preflight/{own}", json.dumps(own_facts(recipe, run, Path(probe) if probe else None)))

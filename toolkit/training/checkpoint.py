@@ -96,7 +96,6 @@ def _groups(engine: Any) -> Iterator[dict[str, Tensor]]:
 def _save(path: Path, tensors: dict[str, Tensor]) -> Path:
     try:
         save_file(tensors, path)
-        sync(path)
         with safe_open(path, "pt") as file:
             same = all(torch.equal(file.get_tensor(name), tensor.cpu()) for name, tensor in tensors.items())
     except SafetensorError as error:
