@@ -44,11 +44,15 @@ def flip(path: Path) -> None:
 
 
 def loaded(engine: Any, folder: Path) -> dict[str, Any]:
-    """Which step every rank finds, what rank 0 says of it, and what then is in the folder."""
+    """Which step every rank finds, what rank 0 says of it, and what then is in the folder.
+
+    Rank 0 alone looks there: it removes the folder for the next case as soon as the steps are gathered.
+    """
     with contextlib.redirect_stdout(io.StringIO()) as said:
         state = load_newest(engine, folder, FRESH)
     steps = [json.loads(text) for text in gather_texts(json.dumps(state.step))]
-    return {"steps": steps, "said": said.getvalue(), "left": sorted(path.name for path in folder.iterdir())}
+    left = on_rank_zero(lambda: sorted(path.name for path in folder.iterdir()))
+    return {"steps": steps, "said": said.getvalue(), "left": left}
 
 
 def failing(engine: Any, folder: Path, name: str) -> dict[str, Any]:
