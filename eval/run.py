@@ -12,11 +12,12 @@ from rich.table import Table
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MAIN, file_name
 from eval.suites import check_prompts, expand
-from toolkit.collectives import join_ranks, on_rank_zero, rank
+from toolkit.collectives import on_rank_zero, rank
 from toolkit.command import exit_code
 from toolkit.last_words import end
 from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags
+from toolkit.roll_call import join_ranks
 
 SUITE = (
     "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, quick (of every "

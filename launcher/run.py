@@ -19,6 +19,7 @@ from toolkit.last_words import (
     is_told_by_another,
     say,
 )
+from toolkit.meeting import check_place
 from toolkit.mpi import adopt_mpi_ranks
 from toolkit.recipe import Recipe, RecipeError, load_recipe
 
@@ -74,6 +75,9 @@ def _dry_run(recipe: Recipe, only: int | None) -> int:
 
 
 def _run(recipe: Recipe, run: Path, only: int | None) -> int:
+    if "RANK" in os.environ:
+        check_place()
+
     from launcher.stages import run_stages
     from launcher.stop import Stopped
     from toolkit.collectives import RankZeroFailed

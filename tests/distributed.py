@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ def rank_environment(**changes: str) -> dict[str, str]:
 
 
 def launch(
-    script: str | Path, world_size: int, *arguments: str, timeout: float = 900, **env: str
+    script: str | Path, world_size: int, *arguments: str, timeout: float = 900, port: str = "", **env: str
 ) -> subprocess.CompletedProcess:
     """`deepspeed --num_gpus W script arguments...` with its output captured as text."""
-    command = ["deepspeed", "--num_gpus", str(world_size), "--master_port", free_port(), str(script), *arguments]
+    command = ["deepspeed", "--num_gpus", str(world_size), "--master_port", port or free_port(), str(script)]
+    command += arguments
     return subprocess.run(
         command,
         env=rank_environment(**env),
@@ -53,6 +56,10 @@ def run_on_ranks(worker: str, world_size: int, request: Any, folder: Path, timeo
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """One that is not among those that the system gives to connections: it is opened seconds later, if not minutes."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(min(10000, lowest - 5000), lowest)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return str(port)

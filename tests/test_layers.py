@@ -39,10 +39,12 @@ OURS = {
     "toolkit.prepare_negatives": ABOVE_MODELS
     | {"toolkit.prepare", "toolkit.prepare_pairs", "toolkit.prepare_sources", "toolkit.mining", "toolkit.export"},
     "toolkit.last_words": set(),
+    "toolkit.meeting": {"toolkit.last_words", "toolkit.recipe"},
+    "toolkit.roll_call": {f"toolkit.{name}" for name in ("collectives", "last_words", "meeting", "recipe", "watch")},
     "toolkit.watch": {"toolkit.last_words", "toolkit.collectives", "toolkit.slicing"},
     "toolkit": {"toolkit"},
     "eval": ABOVE_MODELS
-    | {"eval", "toolkit.command", "toolkit.last_words", "toolkit.prepare"}
+    | {"eval", "toolkit.command", "toolkit.last_words", "toolkit.prepare", "toolkit.roll_call"}
     | {"toolkit.retrievers", "toolkit.retriever_settings"},
     "launcher": {"toolkit", "eval", "launcher"},
 }

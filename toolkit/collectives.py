@@ -4,7 +4,6 @@ Called by objectives, embedding and evaluation. `pool_mean` is the only place wh
 """
 
 import json
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -24,16 +23,6 @@ class RankZeroFailed(Exception):
 def is_distributed() -> bool:
     """True when a process group with more than one rank exists."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def join_ranks() -> torch.device:
-    """Join the process group that a launcher started, if there is one; returns this rank's device."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def rank() -> int:

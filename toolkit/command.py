@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from toolkit.collectives import RankZeroFailed
 from toolkit.last_words import SECONDS_TO_SPEAK, is_told_by_another, say
+from toolkit.meeting import check_place
 from toolkit.mpi import adopt_mpi_ranks
 from toolkit.recipe import RecipeError
 
@@ -14,6 +15,8 @@ def exit_code(work: Callable[[], None]) -> int:
     """0 once `work` is done, or 2 after one line that says what is wrong, told by one rank."""
     try:
         adopt_mpi_ranks()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            check_place()
         work()
     except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
         time.sleep(SECONDS_TO_SPEAK)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -21,9 +21,12 @@ SECONDS_TO_SPEAK = 3
 STOPPED = 4
 """Exit code after SIGTERM or SIGUSR1: what can be saved is saved, and the same command goes on."""
 KEY, OTHER_KEY = "last words of rank 0", "last words of another rank"
+ARRIVED = "all arrived"
+"""The key under which rank 0 says that all ranks have met: nothing, or what ends the run."""
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # as launchers call it
 _PAUSE, _SECONDS_TO_LOOK = 0.2, 1.0
 _told = threading.Event()  # this process has said why it ends
+_joined = threading.Event()  # this process has met the others of its run
 _asked: list[int] = []  # the signals that wait for the end of a step
 _in_steps = threading.Event()
 _verdict_seconds = 0.0  # see judged_within
@@ -54,6 +57,8 @@ def say(problem: str) -> None:
         _tell_alone(problem, store)
     elif os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 has not come, or has said it and gone
         _tell_as_rank(problem, f" ({socket.gethostname()})")
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
 
 
 def _tell_alone(problem: str, store: Any) -> None:
@@ -114,25 +119,77 @@ def is_told_by_another() -> bool:
         return False
 
 
+def joins() -> None:
+    """From now on what is at MASTER_ADDR and MASTER_PORT is this run's."""
+    _joined.set()
+
+
+def has_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return _joined.is_set() or (distributed is not None and distributed.is_initialized())
+
+
+def uses_agent_store() -> bool:
+    """True under torchrun, whose own process opens the port."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 2**16
+
+
 def store_of_first_rank(seconds: float) -> Any:
-    """A client of the store in which the ranks found each other; None if it is not there within so many seconds."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not address or not port:
+    """A client of the store in which the ranks find each other; None if it is not there within so many seconds.
+
+    Also None if it is another run's, which ended if anything were written there: before rank 0 has opened its own, and
+    where all ranks have met without this one, or one in its place.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not address or not is_port(port):
+        return None
+    if is_first_rank() and not has_joined() and not uses_agent_store():
         return None
     deadline = time.monotonic() + seconds
-    while not _listens(address, int(port)):
-        if time.monotonic() >= deadline:
-            return None
+    while (store := _client(address, int(port))) is None and time.monotonic() < deadline:
         time.sleep(_PAUSE)
+    return store
+
+
+def _client(address: str, port: int) -> Any:
+    if not listens(address, port):
+        return None
     from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        return TCPStore(address, int(port), timeout=timedelta(seconds=WAIT_SECONDS), wait_for_workers=False)
+        with nullcontext() if has_joined() else _unheard():
+            store = TCPStore(address, port, timeout=timedelta(seconds=WAIT_SECONDS), wait_for_workers=False)
+        return None if _is_of_another_run(store) else store
     except DistError:
         return None
 
 
-def _listens(address: str, port: int) -> bool:
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is written to stderr goes nowhere: torch's client fills a page at every try with a program of other kind."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _is_of_another_run(store: Any) -> bool:
+    if has_joined() or uses_agent_store():
+        return False
+    own = next(value for name in _RANK if (value := os.environ.get(name, "0")) != "0")
+    return store.check([f"arrived/{own}"]) or (store.check([ARRIVED]) and not store.get(ARRIVED))
+
+
+def listens(address: str, port: int) -> bool:
     """Whether anybody does; the store's own client would log every try."""
     try:
         socket.create_connection((address, port), timeout=2).close()

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.collectives import join_ranks, on_rank_zero
+from toolkit.collectives import on_rank_zero
 from toolkit.command import exit_code
 from toolkit.data.beir import read_beir_texts
 from toolkit.data.negatives import known_positives, mining_rows
@@ -26,6 +26,7 @@ from toolkit.recipe import EvalSettings, FolderSource, MineSettings, RecipeError
 from toolkit.recipe_checks import ranks_problem
 from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
 from toolkit.retrievers import load_any
+from toolkit.roll_call import join_ranks
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import pytest
 from distributed import free_port
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from toolkit import roll_call
 from toolkit.last_words import OTHER_KEY, store_of_first_rank
 from toolkit.recipe import RecipeError
 from toolkit.training import process_group
@@ -75,18 +76,18 @@ def test_what_another_rank_says_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -
         raise SystemExit
 
     def come_and_tell() -> None:
-        store = store_of_first_rank(20)
+        store = TCPStore("127.0.0.1", int(place["MASTER_PORT"]), wait_for_workers=False)
         store.set("arrived/1", "node2")
         store.set(OTHER_KEY, "")
         store.wait(["all arrived"])
         told.append(store.get("all arrived").decode())
 
     told: list[str] = []
-    monkeypatch.setattr(process_group.os, "_exit", leave)
+    monkeypatch.setattr(roll_call.os, "_exit", leave)
     other = threading.Thread(target=come_and_tell)
     other.start()
     with pytest.raises(SystemExit):
-        process_group.roll_call()
+        roll_call.roll_call()
     other.join()
     assert codes == [2] and told == ["told by another rank"]
     monkeypatch.setenv("RANK", "1")
@@ -94,7 +95,7 @@ def test_what_another_rank_says_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -
     first = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 3, is_master=True, wait_for_workers=False)
     first.set("all arrived", told[0])
     with pytest.raises(SystemExit):
-        process_group.roll_call()
+        roll_call.roll_call()
     assert codes == [2, 2]
 
 
@@ -116,12 +117,12 @@ def test_a_start_that_another_rank_holds_up_ends(monkeypatch: pytest.MonkeyPatch
         first.send_signal(signal.SIGCONT)
         first.kill()
 
-    monkeypatch.setattr(process_group.os, "_exit", leave)
-    with process_group._ended_after(600, "nothing"):
+    monkeypatch.setattr(roll_call.os, "_exit", leave)
+    with roll_call.ended_after(600, "nothing"):
         store.set("arrived/1", "here")
     assert not codes
     first.send_signal(signal.SIGSTOP)
-    with pytest.raises(DistError), process_group._ended_after(1, "the ranks have not met"):
+    with pytest.raises(DistError), roll_call.ended_after(1, "the ranks have not met"):
         store.wait(["all arrived"], timedelta(seconds=0.2))
     first.wait()
     assert codes == [LOST]
@@ -135,10 +136,10 @@ def test_ranks_that_do_not_come_are_named(rank: str, monkeypatch: pytest.MonkeyP
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in ({"RANK": rank, "WORLD_SIZE": "3"} | place).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(process_group, "SECONDS_TO_SAY", 0.5)
-    monkeypatch.setattr(process_group, "SECONDS_TO_ARRIVE", 1)
+    monkeypatch.setattr(roll_call, "SECONDS_TO_SAY", 0.5)
+    monkeypatch.setattr(roll_call, "SECONDS_TO_ARRIVE", 1)
     with pytest.raises(RecipeError) as raised:
-        process_group.roll_call()
+        roll_call.roll_call()
     host, said = socket.gethostname(), capsys.readouterr().err
     if rank == "0":
         missing = rf"2 of 3 ranks have not come for \d+ s: 1, 2; there are {host} \(1\); "

@@ -5,31 +5,20 @@ import glob
 import os
 import socket
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from torch import distributed
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.cpp_extension import get_default_build_root
 
 from toolkit.collectives import PATIENCE
-from toolkit.last_words import OTHER_KEY, notice, store_of_first_rank, tell
-from toolkit.recipe import RecipeError
-from toolkit.watch import LOST
+from toolkit.roll_call import SECONDS_TO_ARRIVE, SECONDS_TO_CONNECT, connect, ended_after, opening, roll_call
 
-SECONDS_TO_SAY, SECONDS_TO_ARRIVE = 45, 600
-"""After how long missing ranks are named, and given up: nodes with cold disks take minutes to import torch."""
-SECONDS_TO_CONNECT = 600
-"""For what comes between that and the watch."""
-_ARRIVED, _TOLD = "all arrived", "told by another rank"
 LONGEST_COMPILE_SECONDS = 120
 """How long a lock is left alone that no process of this machine holds: one of another machine may, in a shared home."""
 
@@ -41,7 +30,7 @@ def start_distributed(check: Callable[[Any], None] | None = None) -> torch.devic
         check: called on every rank of several with the store in which they have met, before NCCL or gloo starts.
 
     Raises:
-        RecipeError: if not all ranks are there within SECONDS_TO_ARRIVE.
+        RecipeError: if not all ranks are there within SECONDS_TO_ARRIVE, or the port cannot be opened.
     """
     cuda = torch.cuda.is_available()
     if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
@@ -53,17 +42,18 @@ def start_distributed(check: Callable[[Any], None] | None = None) -> torch.devic
         clear_compiler_locks()
     backend = "nccl" if cuda else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with _ended_after(2 * SECONDS_TO_ARRIVE, "the ranks have not met"):
-            store, own, ranks = roll_call(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        with _ended_after(SECONDS_TO_CONNECT, f"{backend} does not connect the ranks"):
+        with ended_after(2 * SECONDS_TO_ARRIVE, "the ranks have not met"):
+            store = roll_call()
+        with ended_after(SECONDS_TO_CONNECT, f"{backend} does not connect the ranks"):
             if check is not None:
                 check(store)
             device = _own_device()
-            distributed.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=PATIENCE)
+            connect(store, backend)
             distributed.barrier()
     else:
         device = _own_device()
-    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
+    with opening(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"):  # where there is one rank
+        deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
     if not cuda:
         _release_shared_memory()
     return device
@@ -76,85 +66,6 @@ def _own_device() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def _ended_after(seconds: float, problem: str) -> Iterator[None]:
-    """End this process, which nobody watches yet, if the block takes longer: a store whose process is frozen keeps its
-    clients for ever. Said once on every machine.
-    """
-
-    def end() -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            said = f"rank {os.environ['RANK']} ({socket.gethostname()}): {problem} within {seconds:g} s: one is"
-            tell(f"{said} stopped, or cut off; see what the other nodes say, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")
-        os._exit(LOST)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def roll_call() -> Any:
-    """The store in which the ranks meet, once all are there: who is missing is said within a minute.
-
-    Each rank leaves the name of its host there, as "arrived/<rank>".
-
-    Raises:
-        RecipeError: with the ranks that have not come, or on the others if they do not find rank 0.
-    """
-    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has opened it
-        address, port = place.rsplit(":", 1)
-        store = TCPStore(address, int(port), ranks, is_master=True, timeout=PATIENCE, wait_for_workers=False)
-    else:
-        store, said = store_of_first_rank(SECONDS_TO_SAY), ""
-        if store is None:
-            said = f"rank {own} ({socket.gethostname()}): finds no rank 0 at {place} for {SECONDS_TO_SAY} s"
-            notice(f"{said}; goes on trying for {SECONDS_TO_ARRIVE} s")
-            store = store_of_first_rank(SECONDS_TO_ARRIVE)
-        if store is None:
-            raise RecipeError(
-                f"{said}; see that the first node is up, that MASTER_ADDR is its address and that the port is open"
-            )
-        store.set_timeout(PATIENCE)
-    store.set(f"arrived/{own}", socket.gethostname())
-    if own == 0:
-        store.set(_ARRIVED, _wait_for_all(store, ranks))
-    store.wait([_ARRIVED], timedelta(seconds=2 * SECONDS_TO_ARRIVE))
-    problem = store.get(_ARRIVED).decode()
-    if problem == _TOLD:
-        time.sleep(1)  # the store ends with rank 0: the others look first
-        os._exit(2)  # as the rank did that has said what is wrong
-    if problem:
-        raise RecipeError(problem)
-    return store
-
-
-def _wait_for_all(store: Any, ranks: int) -> str:
-    """Why the run ends here; empty once all ranks are there."""
-    began, said = time.monotonic(), False
-    while missing := [rank for rank in range(ranks) if not store.check([f"arrived/{rank}"])]:
-        if store.check([OTHER_KEY]):
-            return _TOLD
-        waited = time.monotonic() - began
-        if waited > SECONDS_TO_SAY:
-            there = Counter(store.get(f"arrived/{r}").decode() for r in range(ranks) if r not in missing)
-            hosts = ", ".join(f"{host} ({count})" for host, count in there.items())
-            named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            problem = f"{len(missing)} of {ranks} ranks have not come for {waited:.0f} s: {named}; there are {hosts}"
-            if waited > SECONDS_TO_ARRIVE:
-                return f"{problem}; see what these nodes say (ssh, .venv, --enable_each_rank_log)"
-            if not said:
-                notice(f"{problem}; waiting for {SECONDS_TO_ARRIVE} s")
-                said = True
-        time.sleep(0.2)
-    return ""
 
 
 def _release_shared_memory() -> None:
