@@ -83,7 +83,9 @@ def test_a_pickle_beside_or_in_place_of_the_weights_is_never_read(tmp_path: Path
     (save_model(tmp_path, "bert") / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     load_encoder_backbone(tmp_path, torch.float32)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"cannot be loaded .*safetensors"):
+    with pytest.raises(
+        ValueError, match=r"holds its weights as pytorch_model\*\.bin, .* convert it to safetensors where"
+    ):
         load_encoder_backbone(tmp_path, torch.float32)
 
 
