@@ -20,6 +20,7 @@ from toolkit.export import load_export
 from toolkit.files import expanded
 from toolkit.models.backbone import check_length, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
+from toolkit.models.vocabulary import fit_tokenizer
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
 from toolkit.retriever_settings import changed
@@ -187,6 +188,7 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
         int(longest),
     )
     check_length(backbone.config, settings.eval_max_tokens)
+    fit_tokenizer(tokenizer, backbone.config, what)
     retriever = Retriever(Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings)
     _check_same(what, retriever, model)
     named = {name: text for name, text in prompts.items() if name not in ("query", "document", "passage", "corpus")}

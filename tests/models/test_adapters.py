@@ -346,7 +346,7 @@ def by_sentence_transformers(folder: Path) -> np.ndarray:
         ({"target_modules": r".*\.(q|v)_proj"}, "or set lora to rank 4, alpha 8, targets q_proj, v_proj"),
         (
             {"layers_to_transform": [1]},
-            "sits on 2 modules (layers.1.mlp.down_proj, layers.1.self_attn.q_proj), not on all that are named down_proj, q_proj, which is more ",
+            "sits on 2 modules (layers.1.mlp.down_proj, layers.1.self_attn.q_proj), not on all that are named down_",
         ),
         (
             {"target_modules": r".*layers\.0\..*q_proj"},

@@ -81,8 +81,8 @@ def check_continued(model: nn.Module, folder: Path, lora: LoraSettings | None) -
     plain = {name for name, module in found.get_base_model().named_modules() if _is_linear(module)}
     if any(name not in modules for name in plain if name.rsplit(".", 1)[-1] in names):
         raise ValueError(
-            f"{folder}: the adapter sits on {_some(sorted(modules), 'module')}, not on all that are named {', '.join(names)}, "
-            f"which is more than a lora section says; {_merge_line(folder)}"
+            f"{folder}: the adapter sits on {_some(sorted(modules), 'module')}, not on all that are named "
+            f"{', '.join(names)}, which is more than a lora section says; {_merge_line(folder)}"
         )
     if lora is None or names != sorted(set(lora.targets)):
         _refuse(folder, config, names, lora)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from toolkit.models.adapters import LoraSettings, check_continued, fill, with_adapter
-from toolkit.models.formats import pickled_model
+from toolkit.models.formats import pickled_model, warn_once
 
 # Every rank and every reload would print a bar, an encoder's missing head would be reported as a fault, and libraries
 # would remind one another's authors of renamed functions.
@@ -207,13 +207,32 @@ def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
 def read_config(folder: str | Path) -> PretrainedConfig:
     """The config.json of a folder; raises ValueError unless its model type is supported."""
     supported = CAUSAL_TYPES + ENCODER_TYPES
+    config = None
     with _readable(folder):
         found = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
         if found is None:
             raise ValueError("config.json is not there, or names no model_type")
         if found in supported:
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config is not None:
+        _check_padding(config, folder)
+        return config
     raise ValueError(f"{folder}: model type {found!r} is not supported; use one of {', '.join(supported)}")
+
+
+def _check_padding(config: PretrainedConfig, folder: str | Path) -> None:
+    """Take away a negative pad_token_id, for which no token stands; ValueError for one that the model cannot be built
+    with."""
+    pad, rows = config.pad_token_id, config.vocab_size
+    counted = config.model_type in ("roberta", "xlm-roberta")  # the first token has the position after that of padding
+    if pad is not None and (pad >= rows or (pad < 0 and counted)):
+        raise ValueError(
+            f"{folder}/config.json: pad_token_id {pad} is outside the vocabulary of {rows:,}; write "
+            + ("the id of the padding token" if counted else "null: texts are then padded with the end token")
+        )
+    if pad is not None and pad < 0:
+        config.pad_token_id = None
+        warn_once(f"warning: {folder}/config.json: pad_token_id {pad} is no token; it is taken as null")
 
 
 def check_length(config: PretrainedConfig, max_tokens: int) -> None:

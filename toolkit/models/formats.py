@@ -17,9 +17,10 @@ def pickled_model(folder: Path) -> str:
     """What is wrong with a folder that has weights in pytorch_model*.bin alone, and the fix, in one line; or empty."""
     if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
         return ""
+    place = json.dumps(str(folder))
     code = (
         f"from transformers import {_architecture(folder)} as M; "
-        f"M.from_pretrained({json.dumps(str(folder))}, use_safetensors=False).save_pretrained({json.dumps(str(folder))})"
+        f"M.from_pretrained({place}, use_safetensors=False).save_pretrained({place})"
     )
     return _line(folder, "pytorch_model*.bin", code)
 
