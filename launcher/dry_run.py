@@ -17,7 +17,9 @@ from toolkit.data.records import source_files
 from toolkit.files import expanded
 from toolkit.models.adapters import check_continued, check_settings
 from toolkit.models.backbone import llama_config, on_meta, read_config
-from toolkit.prepare import base_of_adapter, holds_bare_adapter, hub_problem
+from toolkit.models.formats import pickled_model
+from toolkit.models.vocabulary import model_tokenizer
+from toolkit.prepare import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.recipe import (
     BuildStart,
     FolderSource,
@@ -90,7 +92,7 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
                 return config
             if not (folder / "config.json").is_file():
                 raise RecipeError(f"stages.{index}: {folder} holds no config.json; name a folder with a model")
-            return read_config(folder)
+            return _local_config(folder)
         case HubStart():
             try:
                 path = hf_hub_download(start.hub, "config.json")
@@ -103,3 +105,13 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
             return read_config(Path(path).parent)
         case "previous":
             return _config(recipe, index - 1, recipe.stages[index - 1].start)
+
+
+def _local_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder; ValueError where its weights are in no safetensors, or its tokenizer of another."""
+    if problem := pickled_model(folder):
+        raise ValueError(problem)
+    config = read_config(folder)
+    if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        model_tokenizer(folder, config)
+    return config

@@ -62,6 +62,12 @@ def with_adapter(model: nn.Module, folder: Path) -> PeftModel:
     return found
 
 
+def check_fit(model: nn.Module, folder: Path) -> None:
+    """Raise ValueError as with_adapter; `model` is without weights (on the meta device), and is changed."""
+    found = _wrapped(model, _for_model(model, read_config(folder), folder), folder)
+    _check_fit(found, _contents(found.get_base_model(), folder), folder)
+
+
 def check_continued(model: nn.Module, folder: Path, lora: LoraSettings | None) -> None:
     """Raise ValueError unless the adapter of a folder is one that `lora` describes, and fits the model.
 

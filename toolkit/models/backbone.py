@@ -26,8 +26,8 @@ from transformers import (
     logging,
 )
 
-from toolkit.models.adapters import LoraSettings, check_continued, fill, with_adapter
-from toolkit.models.formats import pickled_model, warn_once
+from toolkit.models.adapters import LoraSettings, check_continued, check_fit, fill, with_adapter
+from toolkit.models.formats import check_report, lacks_weights, warn_once
 
 # Every rank and every reload would print a bar, an encoder's missing head would be reported as a fault, and libraries
 # would remind one another's authors of renamed functions.
@@ -79,7 +79,7 @@ def load_causal_lm(
 
 
 def _load(auto: Any, folder: str | Path, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Any:
-    if problem := pickled_model(Path(folder)):
+    if problem := lacks_weights(Path(folder)):
         raise ValueError(problem)
     with _readable(folder):
         model, report = auto.from_pretrained(
@@ -98,38 +98,6 @@ def _load(auto: Any, folder: str | Path, config: PretrainedConfig, dtype: torch.
     return model
 
 
-def check_report(model: Any, report: dict[str, Any], folder: str | Path) -> None:
-    """Raise ValueError unless a file has the model's weights; those of a head or pooling layer may be more or less.
-
-    `report` is that of from_pretrained (output_loading_info) with ignore_mismatched_sizes.
-    """
-    base = model.base_model
-    parts, buffers, prefix = dict(base.named_children()), dict(base.named_buffers()), f"{model.base_model_prefix}."
-    unexpected = {key: key.removeprefix(prefix) for key in sorted(report["unexpected_keys"])}
-    config_fix = "put back the config.json that belongs to these weights"
-    cases = (
-        (
-            [key for key, path in unexpected.items() if path.split(".")[0] in parts and path not in buffers],
-            "holds {} weights that have no place in a {} of its config.json",
-            config_fix,
-        ),
-        (
-            sorted(f"{key} {[*found]} in place of {[*wanted]}" for key, found, wanted in report["mismatched_keys"]),
-            "holds {} weights in other shapes than a {} of its config.json",
-            config_fix,
-        ),
-        (
-            sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")),  # they would be random
-            "lacks {} weights of a {}",
-            "name a folder that holds the whole model",
-        ),
-    )
-    for keys, problem, fix in cases:
-        if keys:
-            named = f"{problem.format(len(keys), type(model).__name__)} ({', '.join(keys[:3])})"
-            raise ValueError(f"{folder}: the weights file {named}; {fix}")
-
-
 def check_weights(folder: Path) -> None:
     """check_report of a folder whose model another library loads; nothing is allocated."""
     with _readable(folder):
@@ -143,6 +111,16 @@ def check_weights(folder: Path) -> None:
             output_loading_info=True,
         )
     check_report(model, report, folder)
+
+
+def check_adapter(base: str, folder: Path) -> None:
+    """Raise ValueError unless the adapter of a folder fits a base (folder or id in the cache) that another library
+    puts it on; nothing is allocated."""
+    with _readable(base):
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, **headless(config))
+    check_fit(model, folder)
 
 
 def headless(config: PretrainedConfig) -> dict[str, bool]:

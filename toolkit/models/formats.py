@@ -1,12 +1,13 @@
-"""Files of a model folder before it is loaded: weights in safetensors only, and how others become that.
+"""Weights in the files of a model folder: in safetensors only, and how others become that; those of its model only.
 
-Called by whatever names a folder with a model or an adapter.
+Called by whatever names or loads a folder with a model or an adapter.
 """
 
 import json
 import shlex
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from toolkit.last_words import is_first_rank, notice
 
@@ -25,6 +26,16 @@ def pickled_model(folder: Path) -> str:
     return _line(folder, "pytorch_model*.bin", code)
 
 
+def lacks_weights(folder: Path) -> str:
+    """As pickled_model, and also where there are no weights at all, as after a download that leaves pickles out."""
+    if any(folder.glob("*.safetensors")):
+        return ""
+    return pickled_model(folder) or (
+        f"{folder}: holds no weights in safetensors (*.safetensors); add them; a pytorch_model.bin becomes that by "
+        "from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER), where you trust it"
+    )
+
+
 def pickled_adapter(folder: Path) -> str:
     """The same of an adapter whose weights are in adapter_model.bin."""
     if (folder / ADAPTER_WEIGHTS).is_file() or not (folder / "adapter_model.bin").is_file():
@@ -35,6 +46,38 @@ def pickled_adapter(folder: Path) -> str:
         f"save_file({{k: v.clone().contiguous() for k, v in w.items()}}, {json.dumps(str(folder / ADAPTER_WEIGHTS))})"
     )
     return _line(folder, "adapter_model.bin", code)
+
+
+def check_report(model: Any, report: dict[str, Any], folder: str | Path) -> None:
+    """Raise ValueError unless a file has the model's weights; those of a head or pooling layer may be more or less.
+
+    `report` is that of from_pretrained (output_loading_info) with ignore_mismatched_sizes.
+    """
+    base = model.base_model
+    parts, buffers, prefix = dict(base.named_children()), dict(base.named_buffers()), f"{model.base_model_prefix}."
+    unexpected = {key: key.removeprefix(prefix) for key in sorted(report["unexpected_keys"])}
+    config_fix = "put back the config.json that belongs to these weights"
+    cases = (
+        (
+            [key for key, path in unexpected.items() if path.split(".")[0] in parts and path not in buffers],
+            "holds {} weights that have no place in a {} of its config.json",
+            config_fix,
+        ),
+        (
+            sorted(f"{key} {[*found]} in place of {[*wanted]}" for key, found, wanted in report["mismatched_keys"]),
+            "holds {} weights in other shapes than a {} of its config.json",
+            config_fix,
+        ),
+        (
+            sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")),  # they would be random
+            "lacks {} weights of a {}",
+            "name a folder that holds the whole model",
+        ),
+    )
+    for keys, problem, fix in cases:
+        if keys:
+            named = f"{problem.format(len(keys), type(model).__name__)} ({', '.join(keys[:3])})"
+            raise ValueError(f"{folder}: the weights file {named}; {fix}")
 
 
 def _line(folder: Path, found: str, code: str) -> str:
