@@ -15,8 +15,11 @@ from transformers import PretrainedConfig
 from toolkit.data.pair_records import pair_files
 from toolkit.data.records import source_files
 from toolkit.files import expanded
-from toolkit.models.backbone import adapter_config, llama_config, read_config
-from toolkit.prepare import base_of_adapter, holds_bare_adapter, hub_problem
+from toolkit.models.adapters import check_continued, check_settings
+from toolkit.models.backbone import llama_config, on_meta, read_config
+from toolkit.models.formats import pickled_model
+from toolkit.models.vocabulary import model_tokenizer
+from toolkit.prepare import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.recipe import (
     BuildStart,
     FolderSource,
@@ -81,14 +84,15 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
         case FolderStart():
             folder = expanded(start.folder)
             if start is recipe.stages[index].start and holds_bare_adapter(folder):
-                adapter_config(folder, recipe.stages[index].lora)
+                check_settings(folder, recipe.stages[index].lora)
                 base = base_of_adapter(folder)
-                return _config(
-                    recipe, index, FolderStart(folder=base) if Path(base).is_absolute() else HubStart(hub=base)
-                )
+                start = FolderStart(folder=base) if Path(base).is_absolute() else HubStart(hub=base)
+                config = _config(recipe, index, start)
+                check_continued(on_meta(config, causal=False), folder, recipe.stages[index].lora)
+                return config
             if not (folder / "config.json").is_file():
                 raise RecipeError(f"stages.{index}: {folder} holds no config.json; name a folder with a model")
-            return read_config(folder)
+            return _local_config(folder)
         case HubStart():
             try:
                 path = hf_hub_download(start.hub, "config.json")
@@ -101,3 +105,13 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
             return read_config(Path(path).parent)
         case "previous":
             return _config(recipe, index - 1, recipe.stages[index - 1].start)
+
+
+def _local_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder; ValueError where its weights are in no safetensors, or its tokenizer of another."""
+    if problem := pickled_model(folder):
+        raise ValueError(problem)
+    config = read_config(folder)
+    if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        model_tokenizer(folder, config)
+    return config

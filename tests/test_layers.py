@@ -22,7 +22,7 @@ OURS = {
     "toolkit.slicing": {"toolkit.collectives", "toolkit.data.tokens"},
     "toolkit.losses": set(),
     "toolkit.data": LIGHT | {"toolkit.data"},
-    "toolkit.models": {"toolkit.models", "toolkit.data.tokens", "toolkit.losses"},
+    "toolkit.models": {"toolkit.models", "toolkit.data.tokens", "toolkit.losses", "toolkit.last_words"},
     "toolkit.objectives": LIGHT
     | {"toolkit.objectives", "toolkit.models", "toolkit.losses", "toolkit.slicing", "toolkit.data"},
     "toolkit.vectors": LIGHT,

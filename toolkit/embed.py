@@ -14,8 +14,9 @@ from peft.tuners.lora import LoraLayer
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank, world_size
 from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
 from toolkit.files import replace_text
-from toolkit.models.backbone import check_length, load_adapted, load_encoder_backbone, load_tokenizer, read_config
+from toolkit.models.backbone import check_length, load_adapted, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.recipe import EncoderSettings
 from toolkit.vectors import DTYPES, Shard, Store, Vectors, gather_rows, is_finished, open_shard, save_shard
 
@@ -48,13 +49,16 @@ def load_retriever(
     """The retriever of a model folder, with the adapter of another one if given, in eval mode.
 
     Raises:
-        ValueError: for an unsupported model type, damaged weights, or eval_max_tokens above the model's positions.
+        ValueError: for an unsupported model type, weights or an adapter that do not fit, a tokenizer of another model,
+            or eval_max_tokens above the model's positions.
     """
-    check_length(read_config(folder), settings.eval_max_tokens)
+    config = read_config(folder)
+    check_length(config, settings.eval_max_tokens)
+    tokenizer = model_tokenizer(folder, config)
     plain = adapter is None
     backbone = load_encoder_backbone(folder, dtype, device) if plain else load_adapted(folder, adapter, dtype, device)
     encoder = Encoder(backbone, settings.pooling, settings.normalize).eval()
-    return Retriever(encoder, load_tokenizer(folder), settings)
+    return Retriever(encoder, tokenizer, settings)
 
 
 def checkpoint_digest(retriever: Retriever) -> str:

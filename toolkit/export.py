@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from toolkit.embed import Retriever
 from toolkit.files import replace_text, replacing_folder
 from toolkit.model_card import model_card
-from toolkit.models.backbone import DTYPES, headless, load_adapted, load_encoder_backbone, load_tokenizer
+from toolkit.models.backbone import DTYPES, headless, load_adapted, load_encoder_backbone
 from toolkit.models.encoder import Encoder
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.prepare import ADAPTER_WEIGHTS, ModelSource, base_of_adapter
 from toolkit.recipe import EncoderSettings, RecipeError
 from toolkit.sentence_layout import retriever_tokenizer, without_limits, write_layout
@@ -115,8 +116,9 @@ def load_export(folder: Path, device: torch.device | str) -> Retriever:
         backbone = _with_adapter(base_of_adapter(folder), folder, dtype, device)
     else:
         backbone = load_encoder_backbone(folder, dtype, device)
+    config: Any = backbone.config
     encoder = Encoder(backbone, settings.pooling, settings.normalize).eval()
-    return Retriever(encoder, load_tokenizer(folder), settings)
+    return Retriever(encoder, model_tokenizer(folder, config), settings)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -29,8 +29,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def usual_mode(path: Path) -> None:
+    """Let those read and write a file who may do so in its folder, as the umask says: safetensors writes mode 0600."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def _sync_all(folder: Path) -> None:
     for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            usual_mode(path)
         sync(path)
     sync(folder)
 

@@ -27,6 +27,7 @@ from toolkit.data.faults import keep_skipped, say_skipped, skipping
 from toolkit.data.spans import PassageStore, write_store
 from toolkit.data.texts import of_groups, passage_texts
 from toolkit.files import expanded, replacing_folder
+from toolkit.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, pickled_adapter, pickled_model
 from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import (
     BuildStart,
@@ -39,7 +40,6 @@ from toolkit.recipe import (
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other formats live in subfolders
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER_PARTS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -129,6 +129,8 @@ def base_of_adapter(folder: Path) -> str:
         raise RecipeError(
             f"{path}: the base model {name} is gone; put it back, or write its new place into base_model_name_or_path"
         )
+    if problem := pickled_adapter(folder):
+        raise RecipeError(problem)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise RecipeError(f"{folder}: lacks the adapter's weights ({ADAPTER_WEIGHTS}); put them back")
     return name
@@ -137,6 +139,8 @@ def base_of_adapter(folder: Path) -> str:
 def _check_model_folder(folder: Path, name: str) -> None:
     if not folder.is_dir():
         raise RecipeError(f"start: the folder {name} does not exist; name a folder that holds a model")
+    if problem := pickled_model(folder):
+        raise RecipeError(f"start: {problem}")
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any(folder.glob("*.safetensors")):
         missing.append("weights (*.safetensors; convert other formats with save_pretrained)")

@@ -18,8 +18,10 @@ from toolkit.data.tokens import ends_with_eos, pad, pad_id, tokenize
 from toolkit.embed import Retriever, load_retriever
 from toolkit.export import load_export
 from toolkit.files import expanded
-from toolkit.models.backbone import check_length, load_tokenizer, read_config
+from toolkit.models.backbone import check_adapter, check_length, check_weights, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
+from toolkit.models.formats import lacks_weights
+from toolkit.models.vocabulary import fit_tokenizer
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
 from toolkit.retriever_settings import changed
@@ -64,6 +66,7 @@ def _load(what: str, folder: Path, adapter: Path | None, changes: EvalSettings, 
     if adapter is None and (folder / "export.json").is_file():
         return Loaded(load_export(folder, device), {})
     if adapter is None and (folder / "modules.json").is_file():
+        _check_transformer(folder)
         return _sentence_transformer(what, folder, device)
     if not (folder / "config.json").is_file():
         raise RecipeError(
@@ -71,6 +74,17 @@ def _load(what: str, folder: Path, adapter: Path | None, changes: EvalSettings, 
             f"({ADAPTER_CONFIG}) and no model (config.json); name one, or bm25"
         )
     return Loaded(_plain(what, folder, adapter, changes, device), {})
+
+
+def _check_transformer(folder: Path) -> None:
+    """Raise RecipeError unless the transformer of a sentence-transformers model has all its weights, and no others."""
+    for place in (folder, folder / "0_Transformer"):
+        if holds_bare_adapter(place):
+            check_adapter(base_of_adapter(place), place)
+        elif (place / "config.json").is_file():
+            if problem := lacks_weights(place):
+                raise RecipeError(problem)
+            check_weights(place)
 
 
 def _is_bare_adapter(folder: Path) -> bool:
@@ -187,6 +201,7 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
         int(longest),
     )
     check_length(backbone.config, settings.eval_max_tokens)
+    fit_tokenizer(tokenizer, backbone.config, what)
     retriever = Retriever(Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings)
     _check_same(what, retriever, model)
     named = {name: text for name, text in prompts.items() if name not in ("query", "document", "passage", "corpus")}

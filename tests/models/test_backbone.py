@@ -83,8 +83,120 @@ def test_a_pickle_beside_or_in_place_of_the_weights_is_never_read(tmp_path: Path
     (save_model(tmp_path, "bert") / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     load_encoder_backbone(tmp_path, torch.float32)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"cannot be loaded .*safetensors"):
+    with pytest.raises(
+        ValueError, match=r"holds its weights as pytorch_model\*\.bin, .* convert it to safetensors where"
+    ):
         load_encoder_backbone(tmp_path, torch.float32)
+
+
+def change_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def refused(folder: Path, *loads: Any) -> list[str]:
+    """The one line of each way to load a folder."""
+    lines = []
+    for load in loads:
+        with pytest.raises(ValueError) as caught:
+            load(folder)
+        lines.append(str(caught.value))
+        assert lines[-1].startswith(str(folder)) and "\n" not in lines[-1]
+    return lines
+
+
+def as_retriever(folder: Path) -> Any:
+    return load_encoder_backbone(folder, torch.float32)
+
+
+def as_language_model(folder: Path) -> Any:
+    return load_causal_lm(folder, torch.float32, "sdpa")
+
+
+def test_weights_without_a_place_or_of_another_shape_are_refused_with_the_names(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama", "llama")
+    for line in refused(change_config(folder, num_hidden_layers=1), as_retriever, as_language_model):
+        assert "the weights file holds 9 weights that have no place in a Llama" in line
+        assert "(model.layers.1.input_layernorm.weight, " in line and line.endswith("belongs to these weights")
+    change_config(folder, num_hidden_layers=2, vocab_size=90)
+    (line,) = refused(folder, as_retriever)
+    assert "1 weights in other shapes than a LlamaModel of its config.json (" in line
+    assert "embed_tokens.weight [96, 32] in place of [90, 32]); " in line
+    change_config(folder, vocab_size=96)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, path, metadata={"format": "pt"})
+    assert all("(model.layers.0.self_attn.q_proj.bias)" in x for x in refused(folder, as_retriever, as_language_model))
+    encoder = save_model(tmp_path / "bert", "bert")
+    (line,) = refused(change_config(encoder, num_hidden_layers=1), as_retriever)
+    assert "16 weights that have no place in a BertModel" in line and "(encoder.layer.1.attention.output" in line
+
+
+@pytest.mark.parametrize("head", ["lm_head.weight", "score.weight", "classifier.bias", "cls.predictions.bias"])
+def test_heads_and_old_buffers_may_be_there(head: str, tmp_path: Path) -> None:
+    for kind, prefix in (("bert", ""), ("llama", "model.")):
+        path = save_model(tmp_path / kind, kind) / "model.safetensors"
+        more = (
+            {head: torch.ones(3), f"{prefix}embeddings.position_ids": torch.arange(64)[None]} if kind == "bert" else {}
+        )
+        more |= {f"{prefix}layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)} if kind == "llama" else {}
+        save_file(load_file(path) | more | {head: torch.ones(3)}, path, metadata={"format": "pt"})
+        as_retriever(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"is_causal": False}, "is_causal: false"),
+        ({"is_causal": None}, "is_causal: null"),
+        ({"is_causal": "false"}, 'is_causal: "false"'),
+        ({"text_config": {"is_causal": False}}, "text_config.is_causal: false"),
+        ({"a": {"b": {"is_causal": False}}}, "a.b.is_causal: false"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+        ({"text_config": {"use_bidirectional_attention": "all"}}, 'text_config.use_bidirectional_attention: "all"'),
+    ],
+)
+@pytest.mark.parametrize("kind", CAUSAL_TYPES)
+def test_a_model_that_reads_both_ways_is_no_language_model(kind: str, changes: Any, said: str, tmp_path: Path) -> None:
+    folder = change_config(save_model(tmp_path / "m", kind), **changes)
+    for line in refused(folder, as_language_model, lambda at: on_meta(read_config(at), causal=True)):
+        assert line.startswith(f"{folder}: config.json says {said}, so the model reads both ways and predicts no next ")
+        assert line.endswith("can be the retriever only; as the language model name one without that")
+
+
+@pytest.mark.parametrize("changes", [{}, {"is_causal": True}, {"use_bidirectional_attention": False}])
+def test_a_model_that_reads_one_way_is_a_language_model(changes: Any, tmp_path: Path) -> None:
+    folder = change_config(save_model(tmp_path / "m", "qwen3"), **changes)
+    (row,) = random_rows(9)
+    ids = torch.tensor([row]) % 96
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % 96], 1)
+    with torch.no_grad():
+        for model in (as_language_model(folder).model, as_retriever(folder)):
+            same = [model(input_ids=x).last_hidden_state[0, :-1] for x in (ids, other)]
+            assert torch.equal(*same)  # no token sees a later one
+
+
+@pytest.mark.parametrize("kind", CAUSAL_TYPES)
+def test_a_retriever_that_reads_both_ways_does_so_with_and_without_padding(kind: str, tmp_path: Path) -> None:
+    folder = change_config(save_model(tmp_path / "m", kind), is_causal=False)
+    model, (row,) = as_retriever(folder), random_rows(9)
+    row = [token % 96 for token in row]
+    alone, padded = pad([row], 0), pad([row, row + row], 0)
+    other = pad([[*row[:-1], (row[-1] + 1) % 96]], 0)
+    with torch.no_grad():
+        found, in_batch, changed = (model(**x._asdict()).last_hidden_state[0] for x in (alone, padded, other))
+        torch.testing.assert_close(in_batch[: len(row)], found, rtol=0, atol=1e-5)
+        assert float((changed[0] - found[0]).abs().max()) > 1e-3
+        theirs = AutoModel.from_pretrained(folder)(**padded._asdict()).last_hidden_state[0]
+        torch.testing.assert_close(theirs, in_batch, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"text_config": {"is_causal": False}}, {"use_bidirectional_attention": True}])
+def test_a_retriever_whose_config_asks_in_vain_to_read_both_ways_is_refused(changes: Any, tmp_path: Path) -> None:
+    folder = change_config(save_model(tmp_path / "m", "llama"), **changes)
+    for line in refused(folder, as_retriever, lambda at: on_meta(read_config(at), causal=False)):
+        assert "which has no effect on type llama; set is_causal to false at its top" in line
 
 
 @pytest.mark.parametrize("model_type", ["unknown", "llama"])
@@ -247,6 +359,27 @@ def test_a_named_end_token_stays(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"names no end token \(eos_token\)"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("pad_id", "kept"), [(-1, None), (0, 0), (None, None)])
+def test_a_negative_padding_id_of_a_config_is_taken_as_none(pad_id: Any, kept: Any, tmp_path: Path, capfd) -> None:
+    folder = change_config(save_model(tmp_path / "m", "llama"), pad_token_id=pad_id)
+    for load in (as_retriever, as_language_model):
+        model = load(folder)
+        assert model.config.pad_token_id == kept and model.get_input_embeddings().padding_idx == kept
+    said = capfd.readouterr().err
+    line = f"warning: {folder}/config.json: pad_token_id -1 is no token; it is taken as null\n"
+    assert said == (line if pad_id == -1 else "")
+
+
+@pytest.mark.parametrize(("kind", "pad_id"), [("llama", 96), ("llama", 5_000), ("bert", 96), ("roberta", -1)])
+def test_a_padding_id_of_a_config_outside_the_vocabulary_is_one_line(kind: str, pad_id: int, tmp_path: Path) -> None:
+    folder = (
+        small_model(kind, tmp_path / "m", ENCODERS[kind]) if kind == "roberta" else save_model(tmp_path / "m", kind)
+    )
+    change_config(folder, pad_token_id=pad_id)
+    for line in refused(folder, as_retriever, read_config):
+        assert f"config.json: pad_token_id {pad_id} is outside the vocabulary of " in line and "; write " in line
 
 
 # --------------------------------------------------------------------------- the head

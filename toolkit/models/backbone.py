@@ -3,15 +3,16 @@
 Called by prepare, training, export and embedding. Reads safetensors only and never runs code that came with weights.
 """
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,6 +25,9 @@ from transformers import (
     PretrainedConfig,
     logging,
 )
+
+from toolkit.models.adapters import LoraSettings, check_continued, check_fit, fill, with_adapter
+from toolkit.models.formats import check_report, lacks_weights, warn_once
 
 # Every rank and every reload would print a bar, an encoder's missing head would be reported as a fault, and libraries
 # would remind one another's authors of renamed functions.
@@ -39,34 +43,25 @@ POOLING_LAYER = ("bert", "roberta", "xlm-roberta")  # come with a layer on the f
 LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "distilbert")  # an embedding per position, so a longest input
 
 
-class LoraSettings(Protocol):
-    """What the recipe's `lora` section says of an adapter."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def targets(self) -> list[str]: ...
-
-
 def load_encoder_backbone(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """The model of a folder without head and pooling layer, in eval mode.
 
     Raises:
-        ValueError: for an unsupported model type, or weights that are damaged or not all there.
+        ValueError: for an unsupported model type, a direction that it does not read in, or weights that are damaged,
+            not all there or not of this model.
     """
-    return _load(AutoModel, folder, dtype, "sdpa", **headless(read_config(folder))).to(device)
+    config = read_config(folder)
+    _check_direction(config, folder)
+    return _load(AutoModel, folder, config, dtype, "sdpa").to(device)
 
 
 def load_adapted(base: str | Path, adapter: Path, dtype: torch.dtype, device: torch.device | str) -> PeftModel:
-    """load_encoder_backbone of `base`, with the adapter of a folder beside its weights; all in `dtype`."""
-    model: Any = load_encoder_backbone(base, dtype, device)
-    # autocast_adapter_dtype would keep a bf16 adapter in fp32, unlike in training
-    found = PeftModel.from_pretrained(model, adapter, torch_device=str(device), autocast_adapter_dtype=False)
-    return found.to(dtype).eval()
+    """load_encoder_backbone of `base`, with the adapter of a folder beside its weights; all in `dtype`.
+
+    Raises:
+        ValueError: as load_encoder_backbone, or if the adapter does not fit the model.
+    """
+    return with_adapter(load_encoder_backbone(base, dtype, device), adapter).to(dtype).eval()
 
 
 def load_causal_lm(
@@ -75,31 +70,57 @@ def load_causal_lm(
     """The causal language model of a folder, in eval mode; `attention` is "sdpa" or a registered interface.
 
     Raises:
-        ValueError: for an unsupported or bidirectional model type, or weights that are damaged or not all there.
+        ValueError: for an unsupported or bidirectional model, or weights that are damaged, not all there or not of
+            this model.
     """
-    _check_causal(read_config(folder), folder)
-    return _load(AutoModelForCausalLM, folder, dtype, attention).to(device)
+    config = read_config(folder)
+    _check_causal(config, folder)
+    return _load(AutoModelForCausalLM, folder, config, dtype, attention).to(device)
 
 
-def _load(auto: Any, folder: str | Path, dtype: torch.dtype, attention: str, **options: Any) -> Any:
+def _load(auto: Any, folder: str | Path, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Any:
+    if problem := lacks_weights(Path(folder)):
+        raise ValueError(problem)
     with _readable(folder):
         model, report = auto.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,  # by default transformers asks at the terminal
+            ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
-            **options,
+            **(headless(config) if auto is AutoModel else {}),
         )
-    missing = sorted(report["missing_keys"])
-    if missing:  # they would be random
-        raise ValueError(
-            f"{folder}: the weights file lacks {len(missing)} weights of a {type(model).__name__} "
-            f"({', '.join(missing[:3])}); name a folder that holds the whole model"
-        )
+    check_report(model, report, folder)
     return model
+
+
+def check_weights(folder: Path) -> None:
+    """check_report of a folder whose model another library loads; nothing is allocated."""
+    with _readable(folder):
+        model, report = AutoModel.from_pretrained(
+            folder,
+            device_map="meta",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_report(model, report, folder)
+
+
+def check_adapter(base: str, folder: Path) -> None:
+    """Raise ValueError unless the adapter of a folder fits a base (folder or id in the cache) that another library
+    puts it on; nothing is allocated."""
+    with _readable(base):
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, **headless(config))
+    check_fit(model, folder)
 
 
 def headless(config: PretrainedConfig) -> dict[str, bool]:
@@ -113,6 +134,33 @@ def _check_causal(config: PretrainedConfig, name: str | Path) -> None:
             f"{name}: model type {config.model_type!r} reads both ways and predicts no next token, so it can be the "
             f"retriever only; as the language model name one of type {', '.join(CAUSAL_TYPES)}"
         )
+    for key, _ in _both_ways(config.to_dict()):
+        raise ValueError(
+            f"{name}: config.json says {key}, so the model reads both ways and predicts no next token: it can be the "
+            "retriever only; as the language model name one without that"
+        )
+
+
+def _check_direction(config: PretrainedConfig, name: str | Path) -> None:
+    """Raise ValueError where config.json says that a retriever reads both ways, and it would not.
+
+    Of all such keys only is_causal at the top is read, by the function that makes the masks of the causal types.
+    """
+    for key, is_read in _both_ways(config.to_dict()):
+        if config.model_type in CAUSAL_TYPES and not is_read:
+            raise ValueError(
+                f"{name}: config.json says {key}, which has no effect on type {config.model_type}; set is_causal to "
+                "false at its top, then it reads both ways, or take the key out, then it reads from left to right"
+            )
+
+
+def _both_ways(settings: dict[str, Any], at: str = "") -> Iterator[tuple[str, bool]]:
+    """What a config says of attention to later tokens ("is_causal: false"), at any depth, and whether that is read."""
+    for key, value in settings.items():
+        if (key == "is_causal" and value != True) or (key == "use_bidirectional_attention" and value):  # noqa: E712
+            yield f"{at}{key}: {json.dumps(value, default=str)}", key == "is_causal" and not at and not value
+        elif isinstance(value, dict):
+            yield from _both_ways(value, f"{at}{key}.")
 
 
 @contextmanager
@@ -120,7 +168,7 @@ def _readable(folder: str | Path) -> Iterator[None]:
     """The many exceptions of a damaged or foreign model folder as one ValueError of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{folder}: cannot be loaded ({type(error).__name__}: {reason}); write the folder again"
@@ -128,9 +176,8 @@ def _readable(folder: str | Path) -> Iterator[None]:
 
 
 def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
-    """The model of a config without memory (all parameters on the meta device); ValueError as in load_causal_lm."""
-    if causal:
-        _check_causal(config, str(config.name_or_path))
+    """The model of a config without memory (all parameters on the meta device); ValueError as where it is loaded."""
+    (_check_causal if causal else _check_direction)(config, str(config.name_or_path))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config) if causal else AutoModel.from_config(config, **headless(config))
 
@@ -138,13 +185,32 @@ def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
 def read_config(folder: str | Path) -> PretrainedConfig:
     """The config.json of a folder; raises ValueError unless its model type is supported."""
     supported = CAUSAL_TYPES + ENCODER_TYPES
+    config = None
     with _readable(folder):
         found = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
         if found is None:
             raise ValueError("config.json is not there, or names no model_type")
         if found in supported:
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config is not None:
+        _check_padding(config, folder)
+        return config
     raise ValueError(f"{folder}: model type {found!r} is not supported; use one of {', '.join(supported)}")
+
+
+def _check_padding(config: PretrainedConfig, folder: str | Path) -> None:
+    """Take away a negative pad_token_id, for which no token stands; ValueError for one that the model cannot be built
+    with."""
+    pad, rows = config.pad_token_id, config.vocab_size
+    counted = config.model_type in ("roberta", "xlm-roberta")  # the first token has the position after that of padding
+    if pad is not None and (pad >= rows or (pad < 0 and counted)):
+        raise ValueError(
+            f"{folder}/config.json: pad_token_id {pad} is outside the vocabulary of {rows:,}; write "
+            + ("the id of the padding token" if counted else "null: texts are then padded with the end token")
+        )
+    if pad is not None and pad < 0:
+        config.pad_token_id = None
+        warn_once(f"warning: {folder}/config.json: pad_token_id {pad} is no token; it is taken as null")
 
 
 def check_length(config: PretrainedConfig, max_tokens: int) -> None:
@@ -254,37 +320,18 @@ def adapted(model: nn.Module, lora: LoraSettings | None, adapter: Path | None, c
     Args:
         lora: the recipe's settings; None trains all parameters.
         adapter: folder with adapter_config.json and adapter_model.safetensors; must agree with `lora` (dropout is
-            `lora`'s).
-        causal, seed: as in add_lora, for new adapters.
+            `lora`'s). It may come from another class of the model: its weights get our names.
+        causal, seed: as in add_lora.
 
     Raises:
-        ValueError: if the adapter of the folder is none of `lora`, or targets match no module.
+        ValueError: if the adapter of the folder is none of `lora`, or does not fit, or targets match no module.
     """
     if adapter is not None:
-        device = str(next(model.parameters()).device)
-        config = adapter_config(adapter, lora)
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config, torch_device=device)  # pyright: ignore[reportArgumentType]
+        check_continued(on_meta(model.config, causal), adapter, lora)  # pyright: ignore[reportArgumentType]
+        assert lora is not None
     if lora is None:
         return model
-    return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, causal, seed)
-
-
-def adapter_config(adapter: Path, lora: LoraSettings | None) -> LoraConfig:
-    """The config of an adapter to go on with; raises ValueError if rank, alpha or targets are not those of `lora`."""
-    config = PeftConfig.from_pretrained(str(adapter))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{adapter}: holds an adapter of type {config.peft_type}; only LoRA adapters can be continued")
-    targets = config.target_modules
-    there = _lora_line(config.r, config.lora_alpha, [targets] if isinstance(targets, str) else list(targets or ()))
-    here = "is null" if lora is None else f"has {_lora_line(lora.rank, lora.alpha, lora.targets)}"
-    if lora is None or here != f"has {there}":
-        raise ValueError(
-            f"{adapter}: holds an adapter, and the stage's lora {here}; name {adapter}/merged (full weights), or set "
-            f"lora to {there}"
-        )
-    config.lora_dropout = lora.dropout
-    return config
-
-
-def _lora_line(rank: int, alpha: float, targets: list[str]) -> str:
-    return f"rank {rank}, alpha {float(alpha):g}, targets {', '.join(sorted(set(targets)))}"
+    found = add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, causal, seed)
+    if adapter is not None:
+        fill(found, adapter)
+    return found

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank, world_size
-from toolkit.files import sha256, sync
+from toolkit.files import sha256, sync, usual_mode
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import RecipeError
 from toolkit.training.shares import KEYS, Piece, begin, pieces, refresh, steps_taken
@@ -96,6 +96,7 @@ def _groups(engine: Any) -> Iterator[dict[str, Tensor]]:
 def _save(path: Path, tensors: dict[str, Tensor]) -> Path:
     try:
         save_file(tensors, path)
+        usual_mode(path)
         with safe_open(path, "pt") as file:
             same = all(torch.equal(file.get_tensor(name), tensor.cpu()) for name, tensor in tensors.items())
     except SafetensorError as error:

@@ -19,7 +19,7 @@ from toolkit.data.pairs import PairPlan, collate_pairs
 from toolkit.data.spans import PoolPlan, collate_language_model, collate_revela
 from toolkit.data.stream import Collate, Plan
 from toolkit.data.tokens import frame, pad_id
-from toolkit.models.backbone import load_tokenizer
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.prepare import ModelSource, prepare_passages
 from toolkit.prepare_crops import prepare_crops
 from toolkit.prepare_negatives import with_negatives
@@ -194,7 +194,7 @@ def _reader(stage: Stage, tokenizer: Any, lm: ModelSource | None) -> Callable[[l
     return partial(
         collate_revela,
         tokenizer=tokenizer,
-        lm_tokenizer=load_tokenizer(lm.folder),
+        lm_tokenizer=model_tokenizer(lm.folder),
         encoder=stage.encoder,
         half_query=objective.half_query,
         lm_max_tokens=objective.language_model.max_tokens,

@@ -26,7 +26,8 @@ from toolkit.export_check import check_export
 from toolkit.files import sync
 from toolkit.last_words import Interrupted, steps
 from toolkit.model_digests import model_digests, tokenizer_digests
-from toolkit.models.backbone import DTYPES, load_tokenizer
+from toolkit.models.backbone import DTYPES
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.objectives import Objective
 from toolkit.objectives.language_model import LanguageModel
 from toolkit.prepare import ModelSource, resolve_model
@@ -101,7 +102,7 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device, wat
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     sources = stage_sources(recipe, index, run)
     base, adapter = sources.retriever.folder, sources.retriever.adapter
-    tokenizer = load_tokenizer(base)
+    tokenizer = model_tokenizer(base)
     feed = open_feed(recipe, index, run, tokenizer, sources.retriever, sources.language_model, device)
     engine = build_engine(
         stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
