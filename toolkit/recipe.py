@@ -107,7 +107,11 @@ class EncoderSettings(Section):
         description="eos: state of the last token; mean: mean over real tokens; cls: state of the first token."
     )
     normalize: bool = Field(description="Scale vectors to unit length.")
-    append_eos: bool = Field(description="End each text with the tokenizer's end token.")
+    append_eos: bool | None = Field(
+        None,
+        description="null: the special tokens that the tokenizer puts around a text by itself. true: the end token too "
+        "where it puts nothing after the text. false: nothing after the text.",
+    )
     query_prefix: str = Field(description="Put before every query, spaces included.")
     passage_prefix: str = Field(description="Put before every passage, spaces included.")
     max_tokens: Annotated[int, Field(ge=2)] = Field(

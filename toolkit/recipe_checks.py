@@ -49,8 +49,8 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _check_data(f"{at}.data", stage)
         yield from _check_mine(f"{at}.data", stage.data, before)
         yield from _check_zero(f"{at}.zero", stage.zero)
-        if stage.encoder.pooling == "eos" and not stage.encoder.append_eos:
-            yield f"{at}.encoder.append_eos", "pooling eos reads the end token; set append_eos to true"
+        if stage.encoder.pooling == "eos" and stage.encoder.append_eos is False:
+            yield f"{at}.encoder.append_eos", "pooling eos reads the end token; remove the key, or set it to true"
         yield from _check_method(at, stage)
         if isinstance(stage.objective, RevelaObjective) and not stage.encoder.normalize:
             yield f"{at}.encoder.normalize", "revela's similarities are cosines; set normalize to true"

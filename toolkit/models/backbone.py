@@ -175,7 +175,9 @@ def check_window(config: PretrainedConfig, max_tokens: int) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder, padding on the right; where it names no end token, the separator is it.
+    """The fast tokenizer of a folder, cutting and padding on the right, whatever side its own config names.
+
+    Where it names no end token, the separator is it.
 
     Raises:
         ValueError: if it has neither.
@@ -186,7 +188,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer names no end token (eos_token); set one in tokenizer_config.json")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
