@@ -147,17 +147,25 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     raise ValueError(f"{folder}: model type {found!r} is not supported; use one of {', '.join(supported)}")
 
 
-def check_length(config: PretrainedConfig, max_tokens: int) -> None:
-    """Raise ValueError if a retriever with learned positions has fewer of them than the longest input has tokens."""
-    if config.model_type not in LEARNED_POSITIONS:
-        return
-    positions = config.max_position_embeddings
-    if config.model_type in ("roberta", "xlm-roberta"):
-        positions -= config.pad_token_id + 1  # the first token has the position after that of padding
-    if max_tokens > positions:
+def longest_input(config: PretrainedConfig) -> int:
+    """The most tokens that a retriever has positions for."""
+    # RoBERTa's first token has the position after that of padding
+    taken = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    return config.max_position_embeddings - taken
+
+
+def check_length(
+    config: PretrainedConfig, max_tokens: int, keys: str = "encoder.max_tokens and encoder.eval_max_tokens"
+) -> None:
+    """Raise ValueError if a retriever with learned positions has fewer of them than the longest input has tokens.
+
+    `keys`: what the user has to set instead.
+    """
+    positions = longest_input(config)
+    if config.model_type in LEARNED_POSITIONS and max_tokens > positions:
         raise ValueError(
-            f"the model ({config.model_type}) has learned positions for {positions} tokens; set encoder.max_tokens and "
-            f"encoder.eval_max_tokens to at most {positions} (found {max_tokens})"
+            f"the model ({config.model_type}) has learned positions for {positions} tokens; set {keys} to at most "
+            f"{positions} (found {max_tokens})"
         )
 
 
