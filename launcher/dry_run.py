@@ -31,18 +31,22 @@ from toolkit.recipe import (
     Stage,
     Start,
 )
+from toolkit.start_settings import Unresolved, resolve_stage
 from toolkit.training.deepspeed_config import ds_config
 from toolkit.training.numbers import derived, parameter_counts, render
 
 
-class Unresolved(Exception):
-    """A model whose config cannot be had here; says why."""
-
-
 def describe(recipe: Recipe, index: int, world_size: int) -> str:
     """Derived numbers, parameter counts and DeepSpeed configuration of a stage on `world_size` ranks."""
+    encoder, notes = [], []
+    try:
+        recipe, encoder, notes = resolve_stage(recipe, index)
+    except Unresolved as error:
+        encoder = [("encoder", f"not resolved: {error}")]
+    except ValueError as error:
+        raise RecipeError(f"stage {index} {recipe.stages[index].name}: {error}") from None
     stage = recipe.stages[index]
-    rows = list(derived(stage, world_size))
+    rows = [*derived(stage, world_size), *encoder]
     check_sources(stage)
     try:
         rows += [(name.replace("_", " "), f"{count:,}") for name, count in stage_parameters(recipe, index).items()]
@@ -51,7 +55,8 @@ def describe(recipe: Recipe, index: int, world_size: int) -> str:
     except ValueError as error:
         raise RecipeError(f"stage {index} {stage.name}: {error}") from None
     config = json.dumps(ds_config(stage, world_size), indent=2)
-    return f"stage {index} {stage.name}: {stage.objective.name}\n{render(rows)}\n  DeepSpeed configuration\n{config}\n"
+    lines = [f"stage {index} {stage.name}: {stage.objective.name}", render(rows), *notes]
+    return "\n".join([*lines, "  DeepSpeed configuration", config, ""])
 
 
 def check_sources(stage: Stage) -> None:

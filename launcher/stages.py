@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from launcher.stop import Stopped, check_stops, reason_to_stop
 from toolkit.collectives import on_rank_zero, world_size
 from toolkit.files import replace_text
 from toolkit.prepare import on_every_rank
-from toolkit.recipe import Recipe, RecipeError, batch_numbers
+from toolkit.recipe import EncoderKeys, Recipe, RecipeError, batch_numbers
 from toolkit.watch import Watch
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
@@ -50,12 +51,29 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
 
     device = start_distributed(lambda store: compare_ranks(store, recipe, run))
     with Watch() as watch, ExitStack() as held:
+        recipe, told = with_settings(recipe)
         on_rank_zero(lambda: check_ahead(recipe, world_size()))
         on_rank_zero(lambda: open_run(recipe, run, held))
-        _run_stages(recipe, run, only, device, watch)
+        _run_stages(recipe, told, run, only, device, watch)
 
 
-def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.device, watch: Watch) -> None:
+def with_settings(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """A recipe with complete encoder sections, the same on every rank, and the text that each stage begins with."""
+    from toolkit.start_settings import resolve_recipe, with_encoders
+    from toolkit.training.numbers import render
+
+    def found() -> list[Any]:
+        with mendable("encoder"):
+            stages = resolve_recipe(recipe)
+        return [[one.encoder.model_dump(), "\n".join([render(one.rows), *one.notes])] for one in stages]
+
+    resolved = on_rank_zero(found)
+    return with_encoders(recipe, [EncoderKeys(**keys) for keys, _ in resolved]), [text for _, text in resolved]
+
+
+def _run_stages(
+    recipe: Recipe, told: list[str], run: Path, only: int | None, device: torch.device, watch: Watch
+) -> None:
     recipe = with_suites(recipe)
     if only:
         on_rank_zero(lambda: check_order(recipe, only, run))
@@ -67,6 +85,7 @@ def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.devic
     for index in indices:
         if reason := stop_after(recipe, index - 1, run):
             break
+        on_rank_zero(partial(say_encoder, recipe, index, run, told[index]))
         first = origin(recipe, index)
         if first is not None:
             with mendable(f"stage {first} {recipe.stages[first].name}: start"):
@@ -78,6 +97,14 @@ def _run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.devic
         on_rank_zero(lambda: report(recipe, run, reason))
     if reason:
         raise Stopped(reason)
+
+
+def say_encoder(recipe: Recipe, index: int, run: Path, text: str) -> None:
+    """Print how a stage that is to train reads its texts, and where that is not as the model was trained."""
+    from toolkit.training.loop import stage_folder
+
+    if not is_done(stage_folder(run, recipe, index)):
+        print(f"stage {recipe.stages[index].name}: encoder\n{text}", flush=True)
 
 
 def stop_after(recipe: Recipe, index: int, run: Path) -> str:

@@ -142,7 +142,7 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
     if on_rank_zero(lambda: scored(_state(source))):
         return
     retriever = on_every_rank(
-        lambda: load_retriever(source.folder, stage.encoder, DTYPES[stage.precision], device, source.adapter)
+        lambda: load_retriever(source.folder, stage.encoder_settings, DTYPES[stage.precision], device, source.adapter)
     )
     step = sum(earlier.optim.steps for earlier in recipe.stages[:first])
     record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": _identity(stage)}

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from toolkit import export, prepare
-from toolkit.data.tokens import ends_with_eos
+from toolkit.data.tokens import frame
 from toolkit.embed import embed_texts
 from toolkit.export import load_export
 from toolkit.models.backbone import adapted, add_lora, load_causal_lm, load_encoder_backbone, load_tokenizer
@@ -193,9 +193,9 @@ def test_language_model_with_its_head(tied, made, tmp_path):
     assert torch.equal(loaded.eval()(ids).logits, logits)
     assert "toolkit" not in (folder / "lm" / "config.json").read_text()
     plain = load_tokenizer(folder / "lm")
-    assert not ends_with_eos(plain)
+    assert not frame(plain, None)[1]
     assert plain(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
-    assert ends_with_eos(load_tokenizer(folder))
+    assert frame(load_tokenizer(folder), None)[1]
     with_head = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # named twice, as state_dict() does
     if tied:
         model.write(folder, tokenizer=tokenizer, language_model=(causal_lm, with_head))

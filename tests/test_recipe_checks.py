@@ -106,7 +106,7 @@ CROSS = {
     ),
     "eos pooling without end token": (
         [("stages.0.encoder.pooling", "eos"), ("stages.0.encoder.append_eos", False)],
-        ["stages.0.encoder.append_eos: pooling eos reads the end token; set append_eos to true"],
+        ["stages.0.encoder.append_eos: pooling eos reads the end token; remove the key, or set it to true"],
     ),
     "revela without unit length": (
         [("stages.1.encoder.normalize", False)],

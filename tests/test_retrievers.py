@@ -18,6 +18,7 @@ from tiny_retriever import CASES, Made, make, small_model
 
 from eval.evaluate import evaluate
 from eval.run import main
+from toolkit.data.tokens import frame
 from toolkit.embed import checkpoint_digest, embed_texts, encode
 from toolkit.export import load_export
 from toolkit.recipe import EvalSettings, RecipeError
@@ -110,7 +111,9 @@ def test_our_export_as_sentence_transformers_reads_it(name: str, tmp_path: Path)
     assert ours.settings == load_export(folder, CPU).settings
     (folder / "export.json").unlink()
     read = load_any(str(folder), None, changes(), CPU).retriever
-    assert read.settings.model_dump(exclude={"max_tokens"}) == ours.settings.model_dump(exclude={"max_tokens"})
+    other = {"max_tokens", "append_eos"}
+    assert read.settings.model_dump(exclude=other) == ours.settings.model_dump(exclude=other)
+    assert frame(read.tokenizer, read.settings.append_eos) == frame(ours.tokenizer, ours.settings.append_eos)
     limit = 1e-5 if CASES[name].dtype == torch.float32 else 3e-2
     for side in ("query", "passage"):
         assert distance(embed_texts(read, TEXTS, side), embed_texts(ours, TEXTS, side)) < limit

@@ -2,7 +2,6 @@
 
 import pytest
 from tiny_retriever import ENCODERS, TEXTS, TOKENIZERS, small_tokenizer
-from tokenizers import processors
 from transformers import (
     AutoTokenizer,
 )
@@ -74,14 +73,3 @@ def test_special_tokens_written_in_a_text_stay_what_they_were(split, tmp_path):
     ids = load_tokenizer(tmp_path)("a </s> b")["input_ids"]
     assert ids == tokenize(tokenizer, ["a </s> b"], "", 99, True)[0]
     assert ids.count(1) == (1 if split else 2)
-
-
-def test_end_token_that_cannot_be_taken_away_is_an_error():
-    tokenizer = small_tokenizer("plain")
-    tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 0))
-    settings = EncoderSettings(
-        pooling="mean", normalize=True, append_eos=False, query_prefix="", passage_prefix="", max_tokens=8,
-        eval_max_tokens=8,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="change append_eos"):
-        retriever_tokenizer(tokenizer, settings)

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank, world_size
-from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
+from toolkit.data.tokens import Tokens, frame, pad, pad_id, tokenize
 from toolkit.files import replace_text
 from toolkit.models.backbone import check_length, load_adapted, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
@@ -68,7 +68,7 @@ def checkpoint_digest(retriever: Retriever) -> str:
     config = {k: v for k, v in backbone.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     scaling = {name: module.scaling for name, module in encoder.named_modules() if isinstance(module, LoraLayer)}
     words = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of the last call
-    special = [tokenizer.eos_token_id, pad_id(tokenizer)]
+    special = [frame(tokenizer, settings.append_eos), tokenizer.eos_token_id, pad_id(tokenizer)]
     parts = [settings.model_dump(), config, scaling, words, special]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, weight in sorted(encoder.state_dict().items()):

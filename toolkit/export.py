@@ -106,11 +106,7 @@ def load_export(folder: Path, device: torch.device | str) -> Retriever:
     record = read_record(folder)
     if _digest(folder) != record["weights_sha256"]:
         raise RecipeError(f"{folder}: the weights differ from the digest in export.json; export the stage again")
-    try:
-        settings = EncoderSettings.model_validate(record["settings"])
-    except ValidationError as error:
-        keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
-        raise RecipeError(f"{folder}/export.json: settings are altered ({keys}); export the stage again") from None
+    settings = read_settings(folder)
     dtype = DTYPES[record["dtype"]]
     if (folder / ADAPTER_WEIGHTS).is_file():
         backbone = _with_adapter(base_of_adapter(folder), folder, dtype, device)
@@ -119,6 +115,15 @@ def load_export(folder: Path, device: torch.device | str) -> Retriever:
     config: Any = backbone.config
     encoder = Encoder(backbone, settings.pooling, settings.normalize).eval()
     return Retriever(encoder, model_tokenizer(folder, config), settings)
+
+
+def read_settings(folder: Path) -> EncoderSettings:
+    """The settings of an export; raises RecipeError as `read_record` does, and for settings that were altered."""
+    try:
+        return EncoderSettings.model_validate(read_record(folder)["settings"])
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise RecipeError(f"{folder}/export.json: settings are altered ({keys}); export the stage again") from None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

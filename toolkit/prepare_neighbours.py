@@ -59,7 +59,7 @@ def _key(stage: Stage, store: PassageStore, retriever: ModelSource) -> str:
     assert stage.data.neighbours is not None
     parts: list[Any] = [store.digest, stage.data.neighbours.model_dump(), stage.data.interleave]
     if not isinstance(stage.data.neighbours, Bm25Neighbours):
-        parts += [stage.encoder.model_dump(), stage.precision, _content(retriever)]
+        parts += [stage.encoder_settings.model_dump(), stage.precision, _content(retriever)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -97,7 +97,9 @@ def _head(store: PassageStore, start: int, count: int) -> str:
 def _embedded(stage: Stage, store: PassageStore, source: ModelSource, device: torch.device | str) -> np.ndarray:
     """The vector of each document's first passage: fp32 [documents, dim], on every rank."""
     dtype = DTYPES[stage.precision]
-    retriever = on_every_rank(lambda: load_retriever(source.folder, stage.encoder, dtype, device, source.adapter))
+    retriever = on_every_rank(
+        lambda: load_retriever(source.folder, stage.encoder_settings, dtype, device, source.adapter)
+    )
     return embed_texts(retriever, store.texts(document_places(store.document)[0]), "passage")
 
 

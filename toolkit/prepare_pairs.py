@@ -23,7 +23,7 @@ from toolkit.prepare import open_everywhere, together, tokenizer_digest
 from toolkit.prepare_sources import check_unchanged, known_sources
 from toolkit.recipe import Data, EncoderSettings, RecipeError
 
-_LAYOUT = 3  # of the store; one more makes older caches unread
+_LAYOUT = 4  # of the store; one more makes older caches unread
 # Keys of a source that do not change what is stored: place and share. Its prefixes are resolved first.
 _NOT_STORED = {"folder", "weight", "query_prefix", "passage_prefix"}
 

@@ -100,22 +100,44 @@ class Lora(Section):
 Pooling = Literal["eos", "mean", "cls"]
 
 
-class EncoderSettings(Section):
-    """How a text becomes one vector; travels with the export."""
+Length = Annotated[int, Field(ge=2)]
 
-    pooling: Pooling = Field(
-        description="eos: state of the last token; mean: mean over real tokens; cls: state of the first token."
+
+class EncoderSettings(Section):
+    """How a text becomes one vector; travels with the export. The keys mean what they do in EncoderKeys."""
+
+    pooling: Pooling
+    normalize: bool
+    append_eos: bool | None = None
+    query_prefix: str
+    passage_prefix: str
+    max_tokens: Length
+    eval_max_tokens: Length
+
+
+class EncoderKeys(Section):
+    """How a text becomes one vector. What is left out is as the start model names it.
+
+    A sentence-transformers model names it in its folder, an export of this toolkit too; for start previous it is the
+    setting of the stage before. A model that names none, as a plain language model, needs all keys but append_eos.
+    """
+
+    pooling: Pooling | None = Field(
+        None, description="eos: state of the last token; mean: mean over real tokens; cls: state of the first token."
     )
-    normalize: bool = Field(description="Scale vectors to unit length.")
-    append_eos: bool = Field(description="End each text with the tokenizer's end token.")
-    query_prefix: str = Field(description="Put before every query, spaces included.")
-    passage_prefix: str = Field(description="Put before every passage, spaces included.")
-    max_tokens: Annotated[int, Field(ge=2)] = Field(
-        description="Longest input in tokens when training, prefix and end token included."
+    normalize: bool | None = Field(None, description="Scale vectors to unit length.")
+    append_eos: bool | None = Field(
+        None,
+        description="null: the special tokens that the tokenizer puts around a text by itself (for pooling eos of a "
+        "model that names no pooling: true). true: the end token too where it puts nothing after the text. false: "
+        "nothing after the text.",
     )
-    eval_max_tokens: Annotated[int, Field(ge=2)] = Field(
-        description="Longest input in tokens in evaluation and in the export."
+    query_prefix: str | None = Field(None, description="Put before every query, spaces included.")
+    passage_prefix: str | None = Field(None, description="Put before every passage, spaces included.")
+    max_tokens: Length | None = Field(
+        None, description="Longest input in tokens when training, prefix and special tokens included."
     )
+    eval_max_tokens: Length | None = Field(None, description="Longest input in tokens in evaluation and in the export.")
 
 
 # --------------------------------------------------------------------------- objectives
@@ -617,7 +639,7 @@ class Stage(Section):
     name: Name = Field(description="Folder name of the stage.")
     description: str = Field("", description="Free text.")
     start: Start = Field(description="The retriever's weights: previous stage, hub, folder or built here.")
-    encoder: EncoderSettings
+    encoder: EncoderKeys = EncoderKeys()  # pyright: ignore[reportCallIssue]
     lora: Lora | None = Field(description="Adapters on the retriever; null trains all its parameters.")
     objective: Objective
     data: Data
@@ -632,6 +654,11 @@ class Stage(Section):
     guard: Guard = Guard()  # pyright: ignore[reportCallIssue]
     eval: Eval
     export: Export
+
+    @property
+    def encoder_settings(self) -> EncoderSettings:
+        """The encoder section once it is complete (start_settings); a ValidationError (ValueError) before."""
+        return EncoderSettings.model_validate(self.encoder.model_dump())
 
 
 class Recipe(Section):

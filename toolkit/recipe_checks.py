@@ -49,10 +49,10 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _check_data(f"{at}.data", stage)
         yield from _check_mine(f"{at}.data", stage.data, before)
         yield from _check_zero(f"{at}.zero", stage.zero)
-        if stage.encoder.pooling == "eos" and not stage.encoder.append_eos:
-            yield f"{at}.encoder.append_eos", "pooling eos reads the end token; set append_eos to true"
+        if stage.encoder.pooling == "eos" and stage.encoder.append_eos is False:
+            yield f"{at}.encoder.append_eos", "pooling eos reads the end token; remove the key, or set it to true"
         yield from _check_method(at, stage)
-        if isinstance(stage.objective, RevelaObjective) and not stage.encoder.normalize:
+        if isinstance(stage.objective, RevelaObjective) and stage.encoder.normalize is False:
             yield f"{at}.encoder.normalize", "revela's similarities are cosines; set normalize to true"
         if isinstance(stage.objective, RevelaObjective) and isinstance(stage.objective.temperature, TemperatureDecay):
             yield from _check_decay(f"{at}.objective.temperature", stage.objective.temperature, stage.optim.steps)
@@ -115,7 +115,7 @@ def _check_lengths(at: str, stage: Stage, upto: list[Stage]) -> Iterator[tuple[s
     elif isinstance(objective, RevelaObjective) and objective.language_model.start == "previous":
         lengths["objective.language_model.max_tokens"] = objective.language_model.max_tokens
     for key, value in lengths.items():
-        if value > limit:
+        if value is not None and value > limit:
             yield f"{at}.{key}", f"{value} is above the built model's max_tokens {limit}; lower it"
 
 

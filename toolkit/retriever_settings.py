@@ -70,14 +70,18 @@ def with_settings(retriever: Retriever, changes: EvalSettings) -> Retriever:
 
 
 def changed(settings: EncoderSettings, changes: EvalSettings) -> EncoderSettings:
-    """Encoder settings with those of an evaluation in their place; pooling eos adds the end token."""
+    """Encoder settings with those of an evaluation in their place.
+
+    Pooling eos in place of another adds the end token where the tokenizer puts none after a text.
+    """
+    to_eos = changes.pooling == "eos" and settings.pooling != "eos"
     given = {
         "query_prefix": changes.query_prefix,
         "passage_prefix": changes.passage_prefix,
         "eval_max_tokens": changes.max_tokens,
         "pooling": changes.pooling,
         "normalize": changes.normalize,
-        "append_eos": True if changes.pooling == "eos" else None,
+        "append_eos": True if to_eos else None,
     }
     return settings.model_copy(update={key: value for key, value in given.items() if value is not None})
 

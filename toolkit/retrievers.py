@@ -14,11 +14,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
 from toolkit.collectives import rank
-from toolkit.data.tokens import ends_with_eos, pad, pad_id, tokenize
+from toolkit.data.tokens import pad, pad_id, tokenize
 from toolkit.embed import Retriever, load_retriever
 from toolkit.export import load_export
 from toolkit.files import expanded
-from toolkit.models.backbone import check_adapter, check_length, check_weights, load_tokenizer, read_config
+from toolkit.models.backbone import check_adapter, check_length, check_weights, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import lacks_weights
 from toolkit.models.vocabulary import fit_tokenizer
@@ -128,19 +128,17 @@ def _plain(what: str, folder: Path, adapter: Path | None, changes: EvalSettings,
     missing = ["--" + key.replace("_", "-") for key, value in wanted.items() if value is None]
     if missing:
         raise RecipeError(f"{what}: a model alone does not say how a text becomes one vector; add {', '.join(missing)}")
-    append_eos = changes.pooling == "eos" or ends_with_eos(load_tokenizer(folder))
-    settings = changed(_settings("mean", False, append_eos, "", "", 2), changes)
+    settings = changed(_settings("mean", False, "", "", 2), changes)
     dtype = torch.bfloat16 if read_config(folder).dtype == torch.bfloat16 else torch.float32
     return load_retriever(folder, settings, dtype, device, adapter)
 
 
-def _settings(
-    pooling: Any, normalize: bool, append_eos: bool, query: str, passage: str, max_tokens: int
-) -> EncoderSettings:
+def _settings(pooling: Any, normalize: bool, query: str, passage: str, max_tokens: int) -> EncoderSettings:
+    """With the tokenizer's own special ids."""
     return EncoderSettings(
         pooling=pooling,
         normalize=normalize,
-        append_eos=append_eos,
+        append_eos=None,
         query_prefix=query,
         passage_prefix=passage,
         max_tokens=max_tokens,
@@ -184,7 +182,8 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
             f"{what}: compares by {model.similarity_fn_name} distance (config_sentence_transformers.json); run are "
             "similarity_fn_name cosine and dot"
         )
-    tokenizer = modules[0].tokenizer
+    tokenizer = modules[0].tokenizer  # the model's own, so that it cuts and pads on the right in the comparison below
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.eos_token is None:  # [CLS] text [SEP]
         tokenizer.eos_token = tokenizer.sep_token
     backbone, prompts = modules[0].auto_model, {name: text or "" for name, text in model.prompts.items()}
@@ -195,7 +194,6 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
     settings = _settings(
         ours[modules[1].pooling_mode],
         names[-1] == "Normalize" or model.similarity_fn_name == "cosine",
-        ends_with_eos(tokenizer),
         prompts.get("query", default),
         document,
         int(longest),

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from toolkit.data.tokens import ends_with_eos
+from toolkit.data.tokens import frame
 from toolkit.recipe import EncoderSettings
 
 POOLING_MODES = {"eos": "lasttoken", "mean": "mean", "cls": "cls"}  # our names and those of sentence-transformers
@@ -69,15 +69,16 @@ def write_layout(
 def retriever_tokenizer(tokenizer: Any, settings: EncoderSettings) -> PreTrainedTokenizerFast:
     """A copy of a tokenizer whose plain call gives the ids of `toolkit.data.tokens.tokenize` (without prefix).
 
-    It ends every text with the end token, or not, as `append_eos` says, also where the text is cut at
-    eval_max_tokens; it pads on the right. It loads as PreTrainedTokenizerFast because the model-specific classes
-    rebuild their special tokens on loading and would drop the end token.
+    It puts the special ids of `toolkit.data.tokens.frame` around every text, also where the text is cut at
+    eval_max_tokens; it cuts and pads on the right. It loads as PreTrainedTokenizerFast because the model-specific
+    classes rebuild their special tokens on loading and would drop the end token.
 
     Raises:
         ValueError: if the tokenizer adds an end token by itself that cannot be taken away.
     """
     backend = without_limits(tokenizer).backend_tokenizer
-    if settings.append_eos and not ends_with_eos(tokenizer):
+    own, wanted = frame(tokenizer, None), frame(tokenizer, settings.append_eos)
+    if len(wanted[1]) > len(own[1]):
         end = processors.TemplateProcessing(
             single=["$A", tokenizer.eos_token],
             pair=["$A", "$B", tokenizer.eos_token],
@@ -85,8 +86,8 @@ def retriever_tokenizer(tokenizer: Any, settings: EncoderSettings) -> PreTrained
         )
         before = backend.post_processor
         backend.post_processor = end if before is None else processors.Sequence([before, end])
-    elif ends_with_eos(tokenizer) and not settings.append_eos:
-        _drop_end(backend, tokenizer.eos_token)
+    elif own != wanted:
+        _drop_end(backend)
     tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     exported = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -97,7 +98,7 @@ def retriever_tokenizer(tokenizer: Any, settings: EncoderSettings) -> PreTrained
         model_input_names=["input_ids", "attention_mask"],
         split_special_tokens=tokenizer.split_special_tokens,  # whether "</s>" in a text is text
     )
-    if ends_with_eos(exported) != settings.append_eos:
+    if frame(exported, None) != wanted:
         raise ValueError("the tokenizer's own end token cannot be switched to encoder.append_eos; change append_eos")
     return exported
 
@@ -110,18 +111,32 @@ def without_limits(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _drop_end(backend: Any, eos: str) -> None:
-    """Take a trailing end token out of the templates of a backend's post-processor."""
+def _drop_end(backend: Any) -> None:
+    """Take what comes after a text out of the templates of a backend's post-processor."""
     whole = json.loads(backend.to_str())
-    stack = [whole["post_processor"]]
-    while stack:
-        processor = stack.pop()
-        stack.extend(processor.get("processors", []))
-        if processor["type"] == "TemplateProcessing":
-            for key in ("single", "pair"):
-                if processor[key][-1].get("SpecialToken", {}).get("id") == eos:
-                    processor[key].pop()
+    whole["post_processor"] = _without_end(whole["post_processor"])
     backend.post_processor = type(backend).from_str(json.dumps(whole)).post_processor
+
+
+def _without_end(processor: dict[str, Any]) -> dict[str, Any]:
+    """A post-processor as tokenizer.json has it, whose templates end with the text."""
+    match processor["type"]:
+        case "Sequence":
+            return processor | {"processors": [_without_end(part) for part in processor["processors"]]}
+        case "TemplateProcessing":
+            kept = {key: list(processor[key]) for key in ("single", "pair")}
+            for pieces in kept.values():
+                while "SpecialToken" in pieces[-1]:
+                    pieces.pop()
+            return processor | kept
+        case "BertProcessing" | "RobertaProcessing":  # [CLS] text [SEP]; offsets, which nobody reads, stay untrimmed
+            name, number = processor["cls"]
+            first = {"SpecialToken": {"id": name, "type_id": 0}}
+            single, second = ([first, {"Sequence": {"id": part, "type_id": 0}}] for part in ("A", "B"))
+            special = {name: {"id": name, "ids": [number], "tokens": [name]}}
+            return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": special}
+        case _:
+            return processor
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -297,7 +297,8 @@ def test_special_ids_are_those_of_the_tokenizer(store: CropStore):
     bos, eos = llama.bos_token_id, llama.eos_token_id
     crops = settings(delete=0.5)
     plan = CropPlan(store, crops, 12, seed=14)
-    cases = [(bert_tokenizer(), False, [2], [3]), (llama, True, [bos], [eos]), (llama, False, [bos], [])]
+    bert = [(bert_tokenizer(), None, [2], [3]), (bert_tokenizer(), False, [2], [])]
+    cases = [*bert, (llama, True, [bos], [eos]), (llama, False, [bos], []), (llama, None, [bos], [])]
     for tokenizer, append_eos, before, after in cases:
         assert frame(tokenizer, append_eos) == (before, after)
         for text in flat(all_texts(collate(plan, 0, crops, frame=frame(tokenizer, append_eos)))):

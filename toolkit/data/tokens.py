@@ -3,6 +3,8 @@
 Called by batches (training), embedding (evaluation) and export, so that all three see the same ids.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,40 +19,71 @@ class Tokens(NamedTuple):
 
 
 def tokenize(
-    tokenizer: Any, texts: list[str], prefix: str, max_tokens: int, append_eos: bool, half: bool = False
+    tokenizer: Any, texts: list[str], prefix: str, max_tokens: int, append_eos: bool | None, half: bool = False
 ) -> list[list[int]]:
-    """Token ids of each text, special tokens included.
+    """Token ids of each text within its `frame`, cut on the right so that the frame stays whole.
 
     Args:
-        tokenizer: a fast transformers tokenizer.
+        tokenizer: a fast transformers tokenizer; on which side it cuts and pads does not matter.
         texts: the texts, without prefix.
         prefix: put before each text.
-        max_tokens: longest result; texts are cut before the end token is added.
-        append_eos: end each text with the end token (once, also if the tokenizer does so by itself).
+        max_tokens: longest result, special ids included.
+        append_eos: as in `frame`.
         half: keep the first int(0.5 * n) of the n ids before the end token (Revela's query side).
+
+    Raises:
+        ValueError: if max_tokens leaves no room beside the special ids.
     """
-    own_eos, eos = ends_with_eos(tokenizer), tokenizer.eos_token_id
-    room = max_tokens - int(append_eos) + int(own_eos)
-    ids = tokenizer([prefix + text for text in texts], truncation=True, max_length=room)["input_ids"]
+    before, after = frame(tokenizer, append_eos)
+    room = max_tokens - len(before) - len(after)
+    if room < 1:
+        raise ValueError(
+            f"max_tokens {max_tokens} leaves no room beside the {len(before) + len(after)} special ids that the "
+            "tokenizer puts around a text; raise it"
+        )
     rows = []
-    for row in ids:
-        row = row[:-1] if own_eos else row
+    for ids in _bare(tokenizer, [prefix + text for text in texts]):
+        row = [*before, *ids[:room]]
         row = row[: len(row) // 2] if half else row
-        rows.append([*row, eos] if append_eos or not row else row)
+        rows.append([*row, *after] or [tokenizer.eos_token_id])
     return rows
 
 
-def frame(tokenizer: Any, append_eos: bool) -> tuple[list[int], list[int]]:
-    """The special ids that `tokenize` puts before and after the ids of a text."""
-    row = tokenize(tokenizer, ["a"], "", 1_000, append_eos)[0]
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    first = next(i for i in range(len(row)) if row[i : i + len(inner)] == inner)
-    return row[:first], row[first + len(inner) :]
+def frame(tokenizer: Any, append_eos: bool | None) -> tuple[list[int], list[int]]:
+    """The special ids that `tokenize` puts before and after the ids of a text, e.g. those of [CLS] and of [SEP].
+
+    append_eos: None: those that the tokenizer puts there by itself. True: the end token (eos_token) too where nothing
+    comes after the text; what comes there is the end, whatever its name. False: nothing after the text.
+    """
+    before, after = _own_frame(tokenizer)
+    if append_eos is None:
+        return before, after
+    return before, (after or [tokenizer.eos_token_id]) if append_eos else []
 
 
-def ends_with_eos(tokenizer: Any) -> bool:
-    """True if the tokenizer itself ends every text with its end token."""
-    return tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+def _own_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    for text in itertools.chain(("a",), _pieces(tokenizer)):  # a vocabulary of words may know no "a"
+        row, inner = tokenizer(text, verbose=False)["input_ids"], _bare(tokenizer, [text])[0]
+        first = next((i for i in range(len(row)) if row[i : i + len(inner)] == inner), None)
+        if inner and first is not None:
+            return row[:first], row[first + len(inner) :]
+    raise ValueError("the tokenizer gives no text any token")
+
+
+def _pieces(tokenizer: Any) -> Iterator[str]:
+    yield from tokenizer.get_vocab()
+
+
+def _bare(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, however long, without special ids."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning of texts that are longer than the model reads
+    )["input_ids"]
 
 
 def pad(rows: list[list[int]], pad_id: int) -> Tokens:

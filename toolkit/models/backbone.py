@@ -213,17 +213,25 @@ def _check_padding(config: PretrainedConfig, folder: str | Path) -> None:
         warn_once(f"warning: {folder}/config.json: pad_token_id {pad} is no token; it is taken as null")
 
 
-def check_length(config: PretrainedConfig, max_tokens: int) -> None:
-    """Raise ValueError if a retriever with learned positions has fewer of them than the longest input has tokens."""
-    if config.model_type not in LEARNED_POSITIONS:
-        return
-    positions = config.max_position_embeddings
-    if config.model_type in ("roberta", "xlm-roberta"):
-        positions -= config.pad_token_id + 1  # the first token has the position after that of padding
-    if max_tokens > positions:
+def longest_input(config: PretrainedConfig) -> int:
+    """The most tokens that a retriever has positions for."""
+    # RoBERTa's first token has the position after that of padding
+    taken = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    return config.max_position_embeddings - taken
+
+
+def check_length(
+    config: PretrainedConfig, max_tokens: int, keys: str = "encoder.max_tokens and encoder.eval_max_tokens"
+) -> None:
+    """Raise ValueError if a retriever with learned positions has fewer of them than the longest input has tokens.
+
+    `keys`: what the user has to set instead.
+    """
+    positions = longest_input(config)
+    if config.model_type in LEARNED_POSITIONS and max_tokens > positions:
         raise ValueError(
-            f"the model ({config.model_type}) has learned positions for {positions} tokens; set encoder.max_tokens and "
-            f"encoder.eval_max_tokens to at most {positions} (found {max_tokens})"
+            f"the model ({config.model_type}) has learned positions for {positions} tokens; set {keys} to at most "
+            f"{positions} (found {max_tokens})"
         )
 
 
@@ -241,7 +249,9 @@ def check_window(config: PretrainedConfig, max_tokens: int) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder, padding on the right; where it names no end token, the separator is it.
+    """The fast tokenizer of a folder, cutting and padding on the right, whatever side its own config names.
+
+    Where it names no end token, the separator is it.
 
     Raises:
         ValueError: if it has neither.
@@ -252,7 +262,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer names no end token (eos_token); set one in tokenizer_config.json")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 

@@ -178,7 +178,7 @@ def build_encoder(stage: Stage, seed: int, device: torch.device | str, folder: P
     backbone = adapted(backbone, stage.lora, adapter, False, seed).train()
     if stage.activation_checkpointing:
         recompute_layers(backbone)
-    return Encoder(backbone, stage.encoder.pooling, stage.encoder.normalize)
+    return Encoder(backbone, stage.encoder_settings.pooling, stage.encoder_settings.normalize)
 
 
 def build_contrastive(

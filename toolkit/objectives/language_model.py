@@ -53,7 +53,9 @@ def build_language_model(
     if stage.activation_checkpointing:
         recompute_layers(causal_lm)
     chunks = logit_chunks(stage, settings.max_tokens, read_config(folder).vocab_size)
-    return LanguageModel(causal_lm, stage.encoder.pooling, stage.encoder.normalize, stage.batch, chunks)
+    return LanguageModel(
+        causal_lm, stage.encoder_settings.pooling, stage.encoder_settings.normalize, stage.batch, chunks
+    )
 
 
 def logit_chunks(stage: Stage, max_tokens: int, vocabulary: int) -> int:

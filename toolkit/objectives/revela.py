@@ -195,7 +195,7 @@ def build_revela(
         if stage.activation_checkpointing:
             recompute_layers(model)
     return Revela(
-        Encoder(backbone, stage.encoder.pooling, stage.encoder.normalize),
+        Encoder(backbone, stage.encoder_settings.pooling, stage.encoder_settings.normalize),
         InBatchLanguageModel(causal_lm, settings.v_norm, logit_chunks(stage, max_tokens, lm_config.vocab_size)),
         settings,
         stage.batch,

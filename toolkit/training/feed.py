@@ -112,7 +112,7 @@ def _open(
 
 
 def _pairs(stage: Stage, data: Data, limit_seed: int, seed: int, run: Path, tokenizer: Any, folder: Path) -> Feed:
-    store = prepare_pairs(data, stage.encoder, folder, run, limit_seed)  # limits of several stages are nested
+    store = prepare_pairs(data, stage.encoder_settings, folder, run, limit_seed)  # limits of several stages are nested
     weights = [source.weight for source in data.sources if source.weight is not None]
     plan = PairPlan(store.sizes, weights or None, stage.batch.pool, data.mix, seed)
     slots = {"positives": data.positives, "negatives": data.negatives}
@@ -129,11 +129,12 @@ def _crops(stage: Stage, objective: ReContrieverObjective, seed: int, run: Path,
     assert crops is not None  # the recipe demands it
     store = prepare_crops(stage.data, folder, run)
     plan = CropPlan(store, crops, stage.batch.pool, seed)
-    special = frame(tokenizer, stage.encoder.append_eos)
+    encoder = stage.encoder_settings
+    special = frame(tokenizer, encoder.append_eos)
     longest = int(crops.chunk_tokens * crops.max_ratio) + sum(map(len, special))
-    if longest > stage.encoder.max_tokens:
+    if longest > encoder.max_tokens:
         raise RecipeError(
-            f"encoder.max_tokens: {stage.encoder.max_tokens} is below the longest crop with its special tokens "
+            f"encoder.max_tokens: {encoder.max_tokens} is below the longest crop with its special tokens "
             f"({longest}); raise it, or lower data.crops.max_ratio"
         )
     of_an_epoch = objective.views * plan.pools_per_epoch * stage.batch.pool
@@ -150,7 +151,7 @@ def _crops(stage: Stage, objective: ReContrieverObjective, seed: int, run: Path,
         "frame": special,
         "seed": seed,
         "pad_id": pad_id(tokenizer),
-        "max_tokens": stage.encoder.max_tokens,
+        "max_tokens": encoder.max_tokens,
     }
     collate = partial(_collate_crops, plan, settings)
     return Feed(plan, collate, plan.chunks, "chunks", store.digest, store.examples)
@@ -195,7 +196,7 @@ def _reader(stage: Stage, tokenizer: Any, lm: ModelSource | None) -> Callable[[l
         collate_revela,
         tokenizer=tokenizer,
         lm_tokenizer=model_tokenizer(lm.folder),
-        encoder=stage.encoder,
+        encoder=stage.encoder_settings,
         half_query=objective.half_query,
         lm_max_tokens=objective.language_model.max_tokens,
         near_duplicates=stage.data.near_duplicates,

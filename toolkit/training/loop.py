@@ -127,7 +127,7 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device, wat
     ) as stream:
         state = _run_steps(engine, stream, recipe, index, run, state, costs, device, watch)
     watch.leave_steps()
-    live = live_vectors(engine.module, tokenizer, stage.encoder, feed.examples, device)
+    live = live_vectors(engine.module, tokenizer, stage.encoder_settings, feed.examples, device)
     weights = gather_trainable(engine.module, stage.zero.stage)
     objective = release(engine)  # what is left gives the export its structure; the reloaded model needs the memory
     check = on_rank_zero(
@@ -265,7 +265,7 @@ def _export(
         backbone=objective.encoder.backbone,
         state=_below(weights, "causal_lm.model." if causal_lm else "encoder.backbone."),
         language_model=(causal_lm, _below(weights, "causal_lm.")) if causal_lm else None,
-        settings=stage.encoder,
+        settings=stage.encoder_settings,
         tokenizer=tokenizer,
         base=sources.retriever,
         dtype=DTYPES[stage.precision],

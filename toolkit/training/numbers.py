@@ -35,7 +35,8 @@ def parameter_counts(
             multi-billion model under gradient caching.
         ValueError: if inputs are longer than the retriever reads, or a model's type is not supported.
     """
-    check_length(encoder, max(stage.encoder.max_tokens, stage.encoder.eval_max_tokens))
+    lengths = (stage.encoder.max_tokens, stage.encoder.eval_max_tokens)
+    check_length(encoder, max((length for length in lengths if length is not None), default=0))
     if isinstance(stage.objective, ContrastiveObjective) and stage.objective.matryoshka is not None:
         _check_matryoshka(max(stage.objective.matryoshka), encoder.hidden_size, stage.name)
     models = {"retriever": (encoder, stage.lora, False)}
@@ -103,11 +104,12 @@ def derived(stage: Stage, world_size: int) -> Iterator[tuple[str, str]]:
     yield "forwards per step (per rank)", str(numbers["accumulation_per_rank"])
     yield "slices", _slices(stage, numbers["rows_per_forward_per_rank"])
     yield "steps", f"{optim.steps} ({optim.warmup_steps} warm-up, {optim.warmup}; then {optim.schedule})"
-    yield "tokens (at most)", f"{rows * optim.steps * texts * longest:,}"
+    known = longest is not None
+    yield "tokens (at most)", f"{rows * optim.steps * texts * longest:,}" if known else "set by encoder.max_tokens"
 
 
-def _row(stage: Stage) -> tuple[str, int, int]:
-    """What a row is, how many texts it has, and the longest of them in tokens."""
+def _row(stage: Stage) -> tuple[str, int, int | None]:
+    """What a row is, how many texts it has, and the longest of them in tokens (None before it is known)."""
     objective, data, longest = stage.objective, stage.data, stage.encoder.max_tokens
     match objective:
         case LanguageModelObjective():
