@@ -57,25 +57,29 @@ def load_from_hub(source: HubSource, load: Callable[..., Any]) -> Any:
     """`load` (datasets.load_dataset) with each failure as one line; Unreachable where only the network lacks."""
     from huggingface_hub.utils import validate_repo_id
 
-    place = f"data.sources: dataset {source.hub}"
-    local = 'or put its files in a local folder and write {"folder": "<path>"}'
-    kind = RecipeError
     try:
         validate_repo_id(source.hub)
         return load(source.hub, source.config, split=source.split, streaming=False)
     except Exception as error:  # the library raises half a dozen unrelated types here
-        text = first_line(error)
-        kinds = {kind.__name__ for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__}
-        if "gated" in str(error).lower() or "GatedRepoError" in kinds:
-            page = f"https://huggingface.co/datasets/{source.hub}"
-            fix = f"access is restricted; ask for it at {page} and set HF_TOKEN, {local}"
-        elif "DatasetNotFoundError" in kinds:
-            fix = f"not found on the hub; mend the id, set HF_TOKEN if it is private, {local}"
-        elif {"ConnectionError", "TimeoutError", "ConnectError"} & kinds:
-            kind, fix = Unreachable, f"the hub cannot be reached ({text}); connect to the network, {local}"
-        else:
-            fix = f"cannot be loaded ({text}); mend id, config or split, {local}"
-        raise kind(one_line(f"{place}: {fix}")) from None
+        local = 'put its files in a local folder and write {"folder": "<path>"}'
+        raise hub_error(error, "data.sources: ", source.hub, local) from None
+
+
+def hub_error(error: Exception, where: str, name: str, local: str) -> RecipeError:
+    """Why a dataset cannot be loaded, on one line behind `where`, and the way out, of which `local` needs no hub."""
+    text = first_line(error)
+    kinds = {kind.__name__ for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__}
+    if "gated" in str(error).lower() or "GatedRepoError" in kinds:
+        page = f"https://huggingface.co/datasets/{name}"
+        fix = f"access is restricted; ask for it at {page} and set HF_TOKEN"
+    elif "DatasetNotFoundError" in kinds:
+        fix = "not found on the hub; mend the id, set HF_TOKEN if it is private"
+    elif {"ConnectionError", "TimeoutError", "ConnectError"} & kinds:
+        fix = f"the hub cannot be reached ({text}); connect to the network"
+        return Unreachable(one_line(f"{where}dataset {name}: {fix}, or {local}"))
+    else:
+        fix = f"cannot be loaded ({text}); mend id, config or split"
+    return RecipeError(one_line(f"{where}dataset {name}: {fix}, or {local}"))
 
 
 def first_line(error: BaseException) -> str:

@@ -116,7 +116,11 @@ def _row(stage: Stage) -> tuple[str, int, int]:
             return "passages", 1, objective.language_model.max_tokens
         case ContrastiveObjective():
             slots = f"{data.positives} positive{'s' * (data.positives > 1)} and {data.negatives} hard negatives"
-            return f"queries with {slots} each", 1 + data.positives + data.negatives, longest
+            return (
+                f"queries with {'at most ' * bool(data.negatives)}{slots} each",
+                1 + data.positives + data.negatives,
+                longest,
+            )
         case ReContrieverObjective():
             return f"texts with 1 query and {objective.views} keys each", 1 + objective.views, longest
 
