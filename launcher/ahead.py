@@ -110,7 +110,8 @@ def _check_suites(found: Ahead, recipe: Recipe, dry: bool) -> None:
         at = f"stages.{index}.eval"
         for number, suite in enumerate(stage.eval.suites):
             if suite not in outcome:
-                outcome[suite] = _suite_problems(suite, named, dry)
+                cut_off = any(isinstance(error, Unreachable) for errors in outcome.values() for error in errors)
+                outcome[suite] = _suite_problems(suite, named, dry or cut_off)
             for error in outcome[suite]:
                 _add(found, f"{at}.suites.{number}", error, dry)
         if not any(outcome[suite] for suite in stage.eval.suites):
@@ -119,7 +120,8 @@ def _check_suites(found: Ahead, recipe: Recipe, dry: bool) -> None:
                 found.problems.append(f"{at}.{str(error).removeprefix('suite ')}")
 
 
-def _suite_problems(suite: str, named: list[str], dry: bool) -> list[RecipeError]:
+def _suite_problems(suite: str, named: list[str], quick: bool) -> list[RecipeError]:
+    """What is wrong with a suite; `quick`: nothing is asked where the hub cannot be reached, which takes a while."""
     data: dict[HubData, None] = {}
 
     def find() -> None:
@@ -128,11 +130,16 @@ def _suite_problems(suite: str, named: list[str], dry: bool) -> list[RecipeError
 
     error = _problem(find)
     problems = [] if error is None else [error]
-    if data and dry and not reachable():
+    if data and quick and not reachable():
         first = next(iter(data)).name
         count = f"{len(data):,} datasets, the first of them {first}" if len(data) > 1 else f"dataset {first}"
         return [*problems, Unreachable(f"{suite}: {count}: {_NO_NETWORK}")]
-    return [*problems, *(error for each in data if (error := _problem(check_on_hub, each)) is not None)]
+    for each in data:
+        error = _problem(check_on_hub, each)
+        problems += [] if error is None else [error]
+        if isinstance(error, Unreachable):
+            break
+    return problems
 
 
 def _problem(check: Callable[..., object], *arguments: object) -> RecipeError | None:

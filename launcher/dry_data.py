@@ -78,7 +78,7 @@ def _epochs(recipe: Recipe, index: int, counts: list[int | None], looks: list[Lo
         except RecipeError as error:
             raise RecipeError(f"stages.{index}.{error}") from None
         longest = " of the source that lasts longest" if len(sizes) > 1 else ""
-        return f"{pools / plan.pools_per_epoch:.2f}{longest} (rows without query or positive not counted)"
+        return f"{pools / plan.pools_per_epoch:.2f}{longest} (more if rows lack a query or positive: they are left out)"
     of_a_row = [_pieces(stage, look, tokenizer) for look in looks]
     if None in of_a_row:
         return "not known: chunks are of tokens, and there is no tokenizer yet"
