@@ -135,7 +135,7 @@ def _hub_splits(folder: Path, named: str, config: str | None) -> dict[str, list[
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         fix = "mend the configs there, or name a file in place of the folder"
         raise RecipeError(one_line(f"data.sources: {named}: README.md cannot be followed ({reason}); {fix}")) from None
-    splits = {str(split): [Path(str(file)) for file in files] for split, files in found.items()}
+    splits = {str(split): [Path(os.path.normpath(file)) for file in files] for split, files in found.items()}
     root = folder.resolve()
     others = [f for files in splits.values() for f in files if not f.is_relative_to(root)]
     others += [f for files in splits.values() for f in files if not f.name.endswith(SUFFIXES)]
