@@ -16,6 +16,7 @@ import numpy as np
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
 from toolkit.data.records import Collection, check_encodable
+from toolkit.data.source_files import is_hub_layout
 from toolkit.files import expanded, sha256
 from toolkit.recipe import RecipeError, one_line
 
@@ -35,12 +36,17 @@ def load_folder(name: str) -> Task:
     Raises:
         RecipeError: for an unknown split or a malformed file (with file and line).
     """
-    path, colon, split = name.rpartition(":")
-    folder, wanted = (name, None) if os.path.isdir(expanded(name)) or not colon else (path, split)
-    folder = expanded(folder)
+    folder, wanted = folder_and_split(name)
     if is_hub_layout(folder):
         return _load_hub_layout(folder, wanted)
     return _load_answers(folder) if not (folder / "qrels").exists() and wanted is None else _load_beir(folder, wanted)
+
+
+def folder_and_split(name: str) -> tuple[Path, str | None]:
+    """The folder of FOLDER or FOLDER:split, and the split if there is one."""
+    path, colon, split = name.rpartition(":")
+    folder, wanted = (name, None) if os.path.isdir(expanded(name)) or not colon else (path, split)
+    return expanded(folder), wanted
 
 
 def local_task(collection: Collection, task_name: str, split: str, code: bool = False) -> Task:
@@ -126,15 +132,6 @@ def _load_answers(folder: Path) -> Task:
         answers=answers,
         body_starts=np.array(starts),
     )
-
-
-def is_hub_layout(folder: Path) -> bool:
-    """Whether a folder holds a dataset as the hub does: its README.md lists configurations."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return False
-    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
-    return len(head) > 2 and any(line.startswith("configs:") for line in head[1].splitlines())
 
 
 def _load_hub_layout(folder: Path, wanted: str | None) -> Task:

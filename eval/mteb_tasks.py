@@ -17,13 +17,14 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
 
-from eval.folders import choose_split, files_digest, is_hub_layout, local_task
+from eval.folders import choose_split, files_digest, local_task
 from eval.scores import K_VALUES, MEASURES
 from eval.suites import STDLIB, SUITES, Group
 from eval.tasks import MtebTask, Task
 from toolkit.collectives import rank
 from toolkit.data.beir import HIGHEST_GRADE, beir_rows, beir_splits, check_id, read_judgements, titled
 from toolkit.data.records import Collection
+from toolkit.data.source_files import is_hub_layout
 from toolkit.recipe import RecipeError, one_line
 
 disable_progress_bars()  # every rank would print its own

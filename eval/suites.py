@@ -60,7 +60,7 @@ SUITES: dict[str, list[Group]] = {
 }
 
 
-def _is_local(name: str) -> bool:
+def means_folder(name: str) -> bool:
     """Whether a suite is a folder, with or without a split: not where its name means something here (./beir does)."""
     return name not in (*SUITES, *STDLIB, "quick") and not name.startswith("quick:") and is_folder(name)
 
@@ -73,7 +73,7 @@ def expand(suites: list[str], named: Iterable[str] | None = None) -> list[str]:
     Raises:
         RecipeError: for quick where no folder is named.
     """
-    folders = [name for name in (suites if named is None else named) if _is_local(name)]
+    folders = [name for name in (suites if named is None else named) if means_folder(name)]
     expanded = []
     for suite in suites:
         if suite == "quick" and not folders:
@@ -85,7 +85,7 @@ def expand(suites: list[str], named: Iterable[str] | None = None) -> list[str]:
 
 def check_prompts(prompts: Iterable[str], suites: list[str]) -> None:
     """Raise RecipeError for a prompt that is for no task: no suite's folder, no task of mteb and no type of them."""
-    places = (suite.removeprefix("quick:") for suite in suites if _is_local(suite.removeprefix("quick:")))
+    places = (suite.removeprefix("quick:") for suite in suites if means_folder(suite.removeprefix("quick:")))
     folders = (Path(p if Path(p).expanduser().is_dir() else p.rpartition(":")[0]).expanduser() for p in places)
     names = {name for folder in folders for name in (folder.resolve().name, f"quick_{folder.resolve().name}")}
     unknown = [prompt for prompt in prompts if prompt not in names | {"stdlib", "Retrieval"}]
@@ -111,12 +111,17 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
             raise RecipeError(f"suite {one_line(name)}: no such split; use {' or '.join(STDLIB)}")
         task = local_task(stdlib_collection(STDLIB[name]), "stdlib", STDLIB[name], code=True)
         return [task._replace(group=LOCAL, member=task.collection.name)]
-    if _is_local(name):
+    if means_folder(name):
         task = load_folder(name)
         return [task._replace(group=LOCAL, member=task.collection.name)]
     if name.startswith("quick:") and is_folder(name.removeprefix("quick:")):
         task = shrink(load_folder(name.removeprefix("quick:")))
         return [task._replace(group="quick", member=task.collection.name)]
+    return _mteb_tasks(*mteb_name(name))
+
+
+def mteb_name(name: str) -> tuple[str, Path | None]:
+    """Name of mteb and folder of NAME or NAME=FOLDER; RecipeError where there is no such folder."""
     label, equals, mirror = name.partition("=")
     if not equals and name.startswith((".", "/", "~", "quick:")):
         raise RecipeError(
@@ -125,21 +130,28 @@ def load_suite(name: str) -> Iterable[Task | MtebTask]:
     if equals and not os.path.isdir(expanded(mirror)):
         named = one_line(f"suite {name}", 200)
         raise RecipeError(f"{named} names no folder; write NAME=FOLDER with the data of mteb's task NAME")
-    return _mteb_tasks(label, expanded(mirror) if equals else None)
+    return label, expanded(mirror) if equals else None
 
 
-def _mteb_tasks(name: str, mirror: Path | None) -> Iterator[Task | MtebTask]:
-    """The tasks of a name, found now, loaded one by one."""
-    from eval.mteb_tasks import find_groups, load_task, mirror_of  # imports mteb, which takes seconds
+def find_tasks(name: str, mirror: Path | None) -> list[tuple[Group, str, Any, Path | None]]:
+    """(group, member of it, mteb's task, the copy of its data on disk) of everything that a name of mteb's means."""
+    from eval.mteb_tasks import find_groups, mirror_of  # imports mteb, which takes seconds
 
     groups = find_groups(name, SUITES.get(name))
     single = sum(len(tasks) for _, tasks in groups) == 1
-    found = [
+    return [
         (group, member, part, mirror and mirror_of(mirror, part, single))
         for group, tasks in groups
         for member, parts in tasks
         for part in parts
     ]
+
+
+def _mteb_tasks(name: str, mirror: Path | None) -> Iterator[Task | MtebTask]:
+    """The tasks of a name, found now, loaded one by one."""
+    from eval.mteb_tasks import load_task
+
+    found = find_tasks(name, mirror)
 
     def load() -> Iterator[Task | MtebTask]:
         for group, member, part, folder in found:
@@ -159,7 +171,7 @@ def data_state(suites: list[str]) -> dict[str, Any]:
     state = {}
     for suite in suites:
         quick = suite.removeprefix("quick:")
-        local = quick != suite or _is_local(suite)
+        local = quick != suite or means_folder(suite)
         places = (quick, quick.rpartition(":")[0]) if local else (suite.partition("=")[2],)
         folders = [expanded(place) for place in places if place]
         folder = next((place for place in folders if os.path.isdir(place)), None)

@@ -12,8 +12,8 @@ from huggingface_hub.errors import (
 )
 from transformers import PretrainedConfig
 
-from toolkit.data.pair_records import pair_files
-from toolkit.data.records import source_files
+from launcher.ahead import Ahead, look_ahead
+from launcher.dry_data import data_lines
 from toolkit.files import expanded
 from toolkit.models.adapters import check_continued, check_settings
 from toolkit.models.backbone import llama_config, on_meta, read_config
@@ -22,13 +22,11 @@ from toolkit.models.vocabulary import model_tokenizer
 from toolkit.prepare import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.recipe import (
     BuildStart,
-    FolderSource,
     FolderStart,
     HubStart,
     Recipe,
     RecipeError,
     RevelaObjective,
-    Stage,
     Start,
 )
 from toolkit.start_settings import Unresolved, resolve_stage
@@ -36,8 +34,28 @@ from toolkit.training.deepspeed_config import ds_config
 from toolkit.training.numbers import derived, parameter_counts, render
 
 
-def describe(recipe: Recipe, index: int, world_size: int) -> str:
-    """Derived numbers, parameter counts and DeepSpeed configuration of a stage on `world_size` ranks."""
+def dry_run(recipe: Recipe, only: int | None, world_size: int) -> str:
+    """What follows from a recipe and the data it names, of stage `only` or (None) of all.
+
+    Raises:
+        RecipeError: with every problem found, one a line.
+    """
+    found = look_ahead(recipe, dry=True)
+    problems, blocks = list(found.problems), []
+    for index in range(len(recipe.stages)) if only is None else [only]:
+        try:
+            blocks.append(describe(recipe, index, world_size, found))
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    said = [*found.said, *(f"warning: {line}" for line in found.warnings)]
+    said += [f"not checked: {line}" for line in found.unchecked]
+    return "".join(f"{line}\n" for line in said) + "\n".join(blocks)
+
+
+def describe(recipe: Recipe, index: int, world_size: int, found: Ahead) -> str:
+    """Derived numbers, data, parameter counts and DeepSpeed configuration of a stage on `world_size` ranks."""
     encoder, notes = [], []
     try:
         recipe, encoder, notes = resolve_stage(recipe, index)
@@ -46,8 +64,7 @@ def describe(recipe: Recipe, index: int, world_size: int) -> str:
     except ValueError as error:
         raise RecipeError(f"stage {index} {recipe.stages[index].name}: {error}") from None
     stage = recipe.stages[index]
-    rows = [*derived(stage, world_size), *encoder]
-    check_sources(stage)
+    rows = [*derived(stage, world_size), *encoder, *data_lines(recipe, index, found)]
     try:
         rows += [(name.replace("_", " "), f"{count:,}") for name, count in stage_parameters(recipe, index).items()]
     except Unresolved as error:
@@ -57,13 +74,6 @@ def describe(recipe: Recipe, index: int, world_size: int) -> str:
     config = json.dumps(ds_config(stage, world_size), indent=2)
     lines = [f"stage {index} {stage.name}: {stage.objective.name}", render(rows), *notes]
     return "\n".join([*lines, "  DeepSpeed configuration", config, ""])
-
-
-def check_sources(stage: Stage) -> None:
-    """Raise RecipeError if a folder of training data does not exist or holds none."""
-    for source in stage.data.sources:
-        if isinstance(source, FolderSource):
-            pair_files(source) if source.format in ("pairs", "beir") else source_files(source.folder)
 
 
 def stage_parameters(recipe: Recipe, index: int) -> dict[str, int]:

@@ -65,12 +65,9 @@ def main() -> int:
 
 def _dry_run(recipe: Recipe, only: int | None) -> int:
     if is_first_rank():
-        from launcher.dry_run import describe
+        from launcher.dry_run import dry_run
 
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        for index in range(len(recipe.stages)):
-            if only in (None, index):
-                print(describe(recipe, index, world_size))
+        print(dry_run(recipe, only, int(os.environ.get("WORLD_SIZE", "1"))))
     return 0
 
 

@@ -168,18 +168,28 @@ def mendable(where: str) -> Iterator[None]:
 
 
 def check_ahead(recipe: Recipe, ranks: int) -> None:
-    """What would end a later stage, found before the first: ranks that do not fit, models, LoRA targets."""
-    from launcher.dry_run import Unresolved, check_sources, stage_parameters
+    """What would end a later stage, found before the first: data, suites, ranks that do not fit, models, LoRA targets.
+
+    Says which columns of each source are used. Raises RecipeError with every problem, one a line.
+    """
+    from launcher.ahead import look_ahead
+    from launcher.dry_run import Unresolved, stage_parameters
 
     check_stops(recipe)
+    found = look_ahead(recipe, dry=False)
+    problems = list(found.problems)
     for index, stage in enumerate(recipe.stages):
-        batch_numbers(stage, ranks)
         try:
+            batch_numbers(stage, ranks)
             with mendable(f"stage {index} {stage.name}"):
-                check_sources(stage)
                 stage_parameters(recipe, index)
+        except RecipeError as error:
+            problems.append(str(error))
         except Unresolved as error:
-            raise RecipeError(f"stage {index} {stage.name}: {error}") from None
+            problems.append(f"stage {index} {stage.name}: {error}")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    print("\n".join([*found.said, *(f"warning: {line}" for line in found.warnings)]), flush=True)
 
 
 def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:

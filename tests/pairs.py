@@ -17,11 +17,11 @@ from toolkit.recipe import FolderSource, HubSource, RecipeError
 Row = dict[str, Any]
 
 
-def source(path: Path, form: str = "pairs", split: str = "train", **fields: object) -> FolderSource:
+def source(path: Path, form: str = "pairs", split: str | None = None, **fields: object) -> FolderSource:
     return FolderSource.model_validate({"folder": str(path), "format": form, "split": split, "fields": fields})
 
 
-def read(path: Path, form: str = "pairs", split: str = "train", **fields: object) -> list[PairRecord]:
+def read(path: Path, form: str = "pairs", split: str | None = None, **fields: object) -> list[PairRecord]:
     return list(read_pairs(source(path, form, split, **fields), Counter()))
 
 
@@ -34,7 +34,7 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def error(path: Path, form: str = "pairs", split: str = "train", **fields: object) -> str:
+def error(path: Path, form: str = "pairs", split: str | None = None, **fields: object) -> str:
     with pytest.raises(RecipeError) as caught:
         list(read_pairs(source(path, form, split, **fields), Counter()))
     return str(caught.value)

@@ -232,3 +232,37 @@ def test_a_damaged_store_is_named(tmp_path: Path, tokenizer_folder: Path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(RecipeError, match=r"query\.ids: \d+ bytes, not \d+; delete the folder"):
         prepare(data, tokenizer_folder, run)
+
+
+NONE = {"query": "query x", "positive": "good x", "negative": None}
+
+
+def asking(negatives: int, *sources: dict) -> Data:
+    return make_data(*sources).model_copy(update={"negatives": negatives})
+
+
+def test_negatives_that_no_row_has_are_an_error(tmp_path: Path, tokenizer_folder: Path):
+    folder = write_rows(tmp_path / "in", [NONE | {"query": f"query {i}", "hard_negs": ["bad"]} for i in range(300)])
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(RecipeError, match=r"^data\.negatives: 2 are asked for, but no row of .* any; did you mean"):
+            prepare(asking(2, {"folder": str(folder)}), tokenizer_folder, tmp_path / "run")
+    named = asking(2, {"folder": str(folder), "fields": {"negatives": ["hard_negs"]}})
+    assert prepare(named, tokenizer_folder, tmp_path / "run").meta["hard_negatives"] == 300
+    assert len(prepare(make_data({"folder": str(folder)}), tokenizer_folder, tmp_path / "run")) == 300
+
+
+def test_rows_with_too_few_negatives_are_a_warning_for_each_source(tmp_path: Path, tokenizer_folder: Path, capsys):
+    some = write_rows(tmp_path / "some", [*ROWS[:6], *[NONE | {"query": f"query {i}"} for i in range(2)]])
+    full, none = write_rows(tmp_path / "full", ROWS), write_rows(tmp_path / "none", [NONE])
+    data = asking(1, *({"folder": str(folder)} for folder in (some, full, none)))
+    for _ in range(2):
+        prepare(data, tokenizer_folder, tmp_path / "run")
+        assert capsys.readouterr().err.splitlines() == [
+            "warning: data.sources.0: 2 of 8 rows (25.0%) have fewer than data.negatives = 1, 2 of them none (at most "
+            "1); their slots stay empty",
+            "warning: data.sources.2: 1 of 1 rows (100.0%) have fewer than data.negatives = 1, 1 of them none (at most "
+            "0); their slots stay empty",
+        ]
+    prepare(data.model_copy(update={"positives": 2, "negatives": 0}), tokenizer_folder, tmp_path / "run")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all("have fewer than data.positives = 2 (at most 1)" in line for line in said)

@@ -196,9 +196,9 @@ CROSS = {
             "stages.1.data.near_duplicates: passages do not read one another in contrastive; remove the key",
         ],
     ),
-    "a split of a folder": (
-        second("contrastive", data__sources=[PAIRS | {"split": "dev"}]),
-        ["stages.1.data.sources.0.split: only format beir has splits; remove the key"],
+    "a configuration of a folder in BEIR layout": (
+        second("contrastive", data__sources=[BEIR | {"config": "default"}]),
+        ["stages.1.data.sources.0.config: a folder in BEIR layout has none; remove the key"],
     ),
     "fields that a format does not read": (
         [

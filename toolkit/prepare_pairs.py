@@ -5,6 +5,7 @@ Called by training on every rank: rank 0 does the work, and if it fails every ra
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.data.faults import Skipped, keep_skipped, say_skipped, skipping
+from toolkit.data.first_look import look, no_negatives, too_few
 from toolkit.data.pair_records import PairRecord, PairSource, read_pairs
 from toolkit.data.pairs import PairStore, Prefixes, write_pairs
 from toolkit.data.tokens import tokenize
@@ -35,8 +37,8 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
     when they were last read are not read again.
 
     Raises:
-        RecipeError: for malformed or empty data, a limit above a source's rows, or files that change while they are
-            read; the same on every rank.
+        RecipeError: for malformed or empty data, a limit above a source's rows, hard negatives asked for where no row
+            has any, or files that change while they are read; the same on every rank.
     """
 
     def write() -> str:
@@ -55,7 +57,9 @@ def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, 
         say_skipped(folder)
         return str(folder)
 
-    return open_everywhere(Path(together(write)), PairStore)
+    store = open_everywhere(Path(together(write)), PairStore)
+    together(lambda: _check_slots(store, data))
+    return store
 
 
 # --------------------------------------------------------------------------- the key of the cache
@@ -140,6 +144,25 @@ def limited_pairs(
     for row, record in enumerate(read_pairs(source, Counter(), None if skipped is None else Skipped())):
         if chosen[row]:
             yield record
+
+
+def _check_slots(store: PairStore, data: Data) -> None:
+    """Warn of the rows of each source that have fewer positives or negatives than the recipe takes of a row.
+
+    Raises:
+        RecipeError: if it takes negatives and no row has one.
+    """
+    if data.negatives and not store.meta["hard_negatives"]:
+        raise RecipeError(no_negatives(data.negatives, [look(source, data) for source in data.sources]))
+    ends = np.cumsum(store.sizes)
+    for key, wanted, texts in (
+        ("positives", data.positives, store.positives),
+        ("negatives", data.negatives, store.negatives),
+    ):
+        have = np.diff(texts.offsets)
+        for number, (size, end) in enumerate(zip(store.sizes, ends, strict=True)):
+            if line := too_few(key, wanted, have[end - size : end].tolist(), "rows"):
+                print(f"warning: data.sources.{number}: {line}", file=sys.stderr, flush=True)
 
 
 def _announce(meta: dict[str, Any], counts: Counter[str]) -> None:

@@ -335,11 +335,21 @@ class HubSource(SourceSettings):
 
 
 class FolderSource(SourceSettings):
-    folder: Text = Field(description="Folder (or file) with .jsonl, .jsonl.gz or .parquet.")
+    folder: Text = Field(
+        description="Folder (or file) with .jsonl, .jsonl.gz or .parquet, also a dataset's as downloaded from the hub."
+    )
     format: Literal["documents", "passages", "groups", "pairs", "beir"] = Field(
         "documents", description="As for hub sources; beir: the judged queries of a folder in BEIR layout as pairs."
     )
-    split: Text = Field("train", description="For format beir: reads qrels/<split>.tsv.")
+    config: Text | None = Field(
+        None, description="Configuration of a folder whose README.md lists some (configs); null: the default one."
+    )
+    split: Text | None = Field(
+        None,
+        description="Reads the files of this split alone, by the README.md of a dataset as downloaded or by names such "
+        "as train.jsonl or data/test-00000-of-00001.parquet; null: all files, which may then be of one split only. "
+        "For format beir: reads qrels/<split>.tsv; null: train.",
+    )
     fields: Fields = Fields()  # pyright: ignore[reportCallIssue]
 
 

@@ -178,8 +178,8 @@ def _check_sources(at: str, data: Data) -> Iterator[tuple[str, str]]:
     for number, source in enumerate(data.sources):
         if isinstance(source, StdlibSource):
             continue
-        if isinstance(source, FolderSource) and source.format != "beir" and source.split != "train":
-            yield f"{at}.sources.{number}.split", "only format beir has splits; remove the key"
+        if isinstance(source, FolderSource) and source.format == "beir" and source.config is not None:
+            yield f"{at}.sources.{number}.config", "a folder in BEIR layout has none; remove the key"
         for key, field in Fields.model_fields.items():
             if key not in READ_FIELDS[source.format] and getattr(source.fields, key) != field.default:
                 yield f"{at}.sources.{number}.fields.{key}", f"is not read with format {source.format}; remove the key"

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from toolkit.data.records import Record, check_group_sizes, fingerprint, load_from_hub, read_source, source_files
+from toolkit.data.hub import load_from_hub
+from toolkit.data.records import Record, check_group_sizes, fingerprint, read_source
+from toolkit.data.source_files import source_files
 from toolkit.recipe import FolderSource, HubSource, RecipeError
 
 
@@ -46,9 +48,9 @@ def test_one_file_is_a_source_and_titles_go_before_texts(tmp_path: Path):
 def test_a_beir_folder_gives_its_corpus_alone(tmp_path: Path):
     lines(tmp_path / "corpus.jsonl", {"text": "document"})
     other = lines(tmp_path / "other.jsonl", {"text": "other"})
-    assert [path.name for path in source_files(str(tmp_path))] == ["corpus.jsonl", "other.jsonl"]
+    assert [path.name for path in source_files(source(tmp_path))] == ["corpus.jsonl", "other.jsonl"]
     lines(tmp_path / "queries.jsonl", {"text": "query"})
-    assert [path.name for path in source_files(str(tmp_path))] == ["corpus.jsonl"]
+    assert [path.name for path in source_files(source(tmp_path))] == ["corpus.jsonl"]
     assert other.exists()
 
 

@@ -67,6 +67,13 @@ def some_usable(records: Iterable[Record], name: str, skipped: Skipped | None) -
         raise RecipeError(f"{name}: no row can be used, {left_out:,} are faulty; mend them, the last: {skipped.last}")
 
 
+def listed(names: Iterable[object]) -> str:
+    """The first ten of some names for an error, however many and however long they are."""
+    names = list(names)
+    more = [f"{len(names) - 10:,} more"] if len(names) > 10 else []
+    return ", ".join([*(one_line(name, 40) for name in names[:10]), *more]) or "none"
+
+
 def _counted(kinds: Counter[str]) -> str:
     """The kinds, the most frequent first."""
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.beir import beir_splits, read_beir_texts, read_judgements
-from toolkit.data.faults import RowFault, Skipped, leave_out, some_usable
+from toolkit.data.faults import RowFault, Skipped, leave_out, listed, some_usable
+from toolkit.data.hub import hub_dataset
 from toolkit.data.records import (
     NO_COLUMN,
     checked_text,
     file_states,
     fingerprint,
-    hub_dataset,
     kind_of,
-    listed,
     no_column,
     read_rows,
-    source_files,
     with_title,
 )
+from toolkit.data.source_files import source_files
 from toolkit.data.stdlib_corpus import collection, summary
 from toolkit.data.stdlib_names import named_code
 from toolkit.files import expanded
@@ -39,6 +38,7 @@ PairSource = HubSource | FolderSource | StdlibSource
 QUERIES = ("query", "anchor")  # Tevatron and FlagEmbedding; sentence-transformers
 POSITIVES = ("positive_passages", "positive", "positives", "pos")
 NEGATIVES = ("negative_passages", "negatives", "neg")
+BEIR_SPLIT = "train"  # where the recipe names none
 OTHER_COLUMNS = "of other columns"  # kind of fault
 NEGATIVE_TUPLE = re.compile(r"negative(?:_(\d{1,9}))?")  # sentence-transformers: one column for each negative
 
@@ -74,6 +74,11 @@ def read_pairs(source: PairSource, counts: Counter[str], skipped: Skipped | None
     return some_usable(_row_pairs(source, counts, skipped), source_name(source), skipped)
 
 
+def first_pairs(source: HubSource | FolderSource, most: int, skipped: Skipped | None) -> Iterator[PairRecord]:
+    """Pairs among the first `most` rows of each file; raises as `read_pairs`, but not for faulty rows alone."""
+    return _row_pairs(source, Counter(), skipped, most)
+
+
 def pair_fingerprint(source: PairSource) -> list[Any]:
     """What tells that a source has changed, without reading it: names, sizes and times of files, hub ids, a digest."""
     if isinstance(source, FolderSource):
@@ -100,15 +105,15 @@ def pair_files(source: FolderSource) -> list[Path]:
         RecipeError: if there are none; for beir, with the splits there are.
     """
     if source.format != "beir":
-        return source_files(source.folder)
-    folder = expanded(source.folder)
+        return source_files(source)
+    folder, split = expanded(source.folder), source.split or BEIR_SPLIT
     if not os.path.isdir(folder):
         raise RecipeError(f"data.sources: {one_line(source.folder)} is no folder; name a folder in BEIR layout")
     splits = beir_splits(folder)
-    if source.split not in splits:
+    if split not in splits:
         fix = f"set split to {' or '.join(splits)}" if splits else "put the judgements there"
-        raise RecipeError(one_line(f"data.sources: {folder} has no qrels/{source.split}.tsv; {fix}"))
-    return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{source.split}.tsv"]
+        raise RecipeError(one_line(f"data.sources: {folder} has no qrels/{split}.tsv; {fix}"))
+    return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
 
 
 def _file_hash(path: Path) -> str:
@@ -137,8 +142,12 @@ class Layout(NamedTuple):
         return list(dict.fromkeys(named))
 
 
-def _layout(found: list[str], fields: Fields, where: str) -> Layout:
-    """The columns that the recipe names and, for those it does not, the known names among the rest."""
+def pair_layout(found: list[str], fields: Fields, where: str) -> Layout:
+    """The columns that the recipe names and, for those it does not, the known names among the rest.
+
+    Raises:
+        RowFault: for a name that is not found, no column that may be the query or the positive, or several.
+    """
     named = [("query", fields.query), ("positive", fields.positive), ("weight", fields.weight)]
     named += [("negatives", name) for name in fields.negatives or []]
     for key, name in named:
@@ -180,15 +189,17 @@ def _negatives(free: list[str], where: str) -> list[str]:
 # --------------------------------------------------------------------------- rows
 
 
-def _row_pairs(source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None) -> Iterator[PairRecord]:
+def _row_pairs(
+    source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None, most: int | None = None
+) -> Iterator[PairRecord]:
     fields = source.fields
 
     def columns(found: list[str], where: str) -> list[str]:
-        return _layout(found, fields, where).columns()
+        return pair_layout(found, fields, where).columns()
 
     first: Layout | None = None
     seen: list[str] = []
-    for where, row in read_rows(source, columns, counts, skipped):
+    for where, row in read_rows(source, columns, counts, skipped, most):
         try:
             if not isinstance(row, dict):
                 line = f"{where}: a JSON object is needed, found {kind_of(row)}; write one object a line"
@@ -208,7 +219,7 @@ def _row_pairs(source: HubSource | FolderSource, counts: Counter[str], skipped: 
 
 def _same_layout(found: list[str], first: Layout | None, fields: Fields, where: str) -> Layout:
     """The layout of the first row of use; RowFault for a row with another, whose negatives would be lost."""
-    layout = _layout(found, fields, where)
+    layout = pair_layout(found, fields, where)
     if first is not None and layout != first:
         raise RowFault(
             OTHER_COLUMNS,

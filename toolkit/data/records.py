@@ -4,22 +4,22 @@ Called by prepare (training data) and, for rows of files and of the hub, by pair
 a RowFault that names file, line and fix, or is left out and counted.
 """
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from toolkit.data.faults import RowFault, Skipped, leave_out, some_usable
+from toolkit.data.faults import RowFault, Skipped, leave_out, listed, some_usable
+from toolkit.data.hub import first_line, first_of_hub, hub_dataset
 from toolkit.data.lines import numbered_lines, parsed
-from toolkit.files import expanded
+from toolkit.data.source_files import source_files
 from toolkit.recipe import FolderSource, HubSource, RecipeError, one_line, source_name
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 UNREADABLE = (ValueError, OverflowError, pa.ArrowException)  # what Arrow raises for values Python cannot hold
 NO_COLUMN = "without a column"  # kind of fault
 
@@ -55,13 +55,20 @@ def read_source(
     return some_usable(_records(source, counts, skipped), source_name(source), skipped)
 
 
-def _records(source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None) -> Iterator[Record]:
+def first_records(source: HubSource | FolderSource, most: int, skipped: Skipped | None) -> Iterator[Record]:
+    """Records among the first `most` rows of each file; raises as `read_source`, but not for faulty rows alone."""
+    return _records(source, Counter(), skipped, most)
+
+
+def _records(
+    source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None, most: int | None = None
+) -> Iterator[Record]:
     def columns(found: list[str], where: str) -> list[str]:
         _require(found, source, where)
-        return _columns(source)
+        return text_columns(source)
 
     size = None
-    for where, row in read_rows(source, columns, counts, skipped):
+    for where, row in read_rows(source, columns, counts, skipped, most):
         try:
             if source.format == "groups":
                 record = _group(row, size, source, where)
@@ -88,7 +95,7 @@ def fingerprint(source: HubSource | FolderSource) -> list[Any]:
     """What tells that a source has changed, without reading it all: names, sizes and times of files, or hub ids."""
     if isinstance(source, HubSource):
         return [source.hub, source.config, source.split]
-    return file_states(source_files(source.folder))
+    return file_states(source_files(source))
 
 
 def file_states(paths: list[Path]) -> list[Any]:
@@ -109,42 +116,32 @@ ChooseColumns = Callable[[list[str], str], list[str]]  # (columns found, where) 
 
 
 def read_rows(
-    source: HubSource | FolderSource, columns: ChooseColumns, counts: Counter[str], skipped: Skipped | None
+    source: HubSource | FolderSource,
+    columns: ChooseColumns,
+    counts: Counter[str],
+    skipped: Skipped | None,
+    most: int | None = None,
 ) -> Rows:
     """(Where, row) of every row, unchecked; of parquet and hub data only the columns chosen. Adds to counts["rows"].
+
+    Args:
+        most: rows of each file, or of the hub's dataset, that are read; None: all.
 
     Raises:
         RecipeError: for files that are missing, damaged or no JSON (with file and line), no access to the hub.
     """
     if isinstance(source, HubSource):
-        return _hub_rows(source, columns, counts)
-    return _folder_rows(source, columns, counts, skipped)
+        dataset = hub_dataset(source) if most is None else first_of_hub(source, most)
+        return _hub_rows(source, dataset, columns, counts)
+    return _folder_rows(source, columns, counts, skipped, most)
 
 
-def source_files(folder: str) -> list[Path]:
-    """The data files of a folder source, sorted; of a folder in BEIR layout the corpus alone."""
-    path, named = expanded(folder), one_line(folder)
-    if os.path.isfile(path) and path.name.endswith(SUFFIXES):
-        return [path]
-    if not os.path.isdir(path):
-        problem = "is no .jsonl, .jsonl.gz or .parquet file" if os.path.exists(path) else "does not exist"
-        raise RecipeError(f"data.sources: {named} {problem}; name a folder or file of .jsonl, .jsonl.gz or .parquet")
-    try:
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
-    except OSError as error:
-        raise RecipeError(f"data.sources: {named}: cannot be read ({error.strerror}); mend its rights") from None
-    names = {p.name.split(".")[0] for p in files}
-    if {"corpus", "queries"} <= names:
-        files = [p for p in files if p.name.split(".")[0] == "corpus"]
-    if not files:
-        raise RecipeError(f"data.sources: {named} holds no .jsonl, .jsonl.gz or .parquet file; put the data there")
-    return files
-
-
-def _folder_rows(source: FolderSource, columns: ChooseColumns, counts: Counter[str], skipped: Skipped | None) -> Rows:
-    for path in source_files(source.folder):
+def _folder_rows(
+    source: FolderSource, columns: ChooseColumns, counts: Counter[str], skipped: Skipped | None, most: int | None
+) -> Rows:
+    for path in source_files(source):
         rows = _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path)
-        for where, row in rows:
+        for where, row in islice(rows, most):
             counts["rows"] += 1
             try:
                 yield where, row()
@@ -179,7 +176,7 @@ def _parquet_rows(path: Path, columns: ChooseColumns) -> Unread:
                     )
     except (*UNREADABLE, OSError, MemoryError) as error:
         raise RecipeError(
-            f"{one_line(path)}: not a readable parquet file ({_first_line(error)}); write it again"
+            f"{one_line(path)}: not a readable parquet file ({first_line(error)}); write it again"
         ) from None
 
 
@@ -189,11 +186,10 @@ def _one_row(batch: pa.RecordBatch, place: int, where: str) -> Any:
     except UnicodeDecodeError:
         raise RowFault("not UTF-8", f"{where}: holds text that is not UTF-8; write it again as UTF-8") from None
     except UNREADABLE as error:  # such as a date after the year 9999
-        raise RowFault("not readable", f"{where}: cannot be read ({_first_line(error)}); write it again") from None
+        raise RowFault("not readable", f"{where}: cannot be read ({first_line(error)}); write it again") from None
 
 
-def _hub_rows(source: HubSource, columns: ChooseColumns, counts: Counter[str]) -> Rows:
-    dataset = hub_dataset(source)
+def _hub_rows(source: HubSource, dataset: Any, columns: ChooseColumns, counts: Counter[str]) -> Rows:
     chosen = columns(dataset.column_names, f"dataset {source.hub}")
     number = 0
     try:
@@ -202,45 +198,14 @@ def _hub_rows(source: HubSource, columns: ChooseColumns, counts: Counter[str]) -
             yield f"dataset {source.hub}: row {number}", row
     except (*UNREADABLE, OSError) as error:
         place = one_line(f"dataset {source.hub}: row {number + 1}")
-        raise RecipeError(f"{place}: cannot be read ({_first_line(error)}); fetch the dataset again") from None
-
-
-def hub_dataset(source: HubSource) -> Any:
-    """The split of a hub dataset, kept on disk by the datasets library; see `load_from_hub` for failures."""
-    import datasets  # here, since it is slow to import and needed for hub data alone
-
-    return load_from_hub(source, datasets.load_dataset)
-
-
-def load_from_hub(source: HubSource, load: Callable[..., Any]) -> Any:
-    """`load` (datasets.load_dataset) with each failure as one line."""
-    place = f"data.sources: dataset {source.hub}"
-    local = 'or put its files in a local folder and write {"folder": "<path>"}'
-    try:
-        return load(source.hub, source.config, split=source.split, streaming=False)
-    except Exception as error:  # the library raises half a dozen unrelated types here
-        text = _first_line(error)
-        kinds = {kind.__name__ for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__}
-        if "gated" in str(error).lower() or "GatedRepoError" in kinds:
-            page = f"https://huggingface.co/datasets/{source.hub}"
-            fix = f"access is restricted; ask for it at {page} and set HF_TOKEN, {local}"
-        elif "DatasetNotFoundError" in kinds:
-            fix = f"not found on the hub; mend the id, set HF_TOKEN if it is private, {local}"
-        elif {"ConnectionError", "TimeoutError", "ConnectError"} & kinds:
-            fix = f"the hub cannot be reached ({text}); connect to the network, {local}"
-        else:
-            fix = f"cannot be loaded ({text}); mend id, config or split, {local}"
-        raise RecipeError(one_line(f"{place}: {fix}")) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:300])
+        raise RecipeError(f"{place}: cannot be read ({first_line(error)}); fetch the dataset again") from None
 
 
 # --------------------------------------------------------------------------- one row
 
 
-def _columns(source: HubSource | FolderSource) -> list[str]:
+def text_columns(source: HubSource | FolderSource) -> list[str]:
+    """The columns that a source of documents, passages or groups reads, each once."""
     fields = source.fields
     wanted = [fields.text, fields.title, fields.document if source.format == "passages" else None]
     return list(dict.fromkeys(name for name in wanted if name is not None))
@@ -250,20 +215,13 @@ def _require(found: list[str], source: HubSource | FolderSource, where: str) -> 
     fields = source.fields
     wanted = {"text": fields.text, "title": fields.title, "document": fields.document}
     for key, name in wanted.items():
-        if name in _columns(source) and name not in found:
+        if name in text_columns(source) and name not in found:
             raise no_column(name, key, found, where)
 
 
 def no_column(name: str, key: str, found: list[str], where: str) -> RowFault:
     """The error for a column that the recipe names as fields.<key> and the data lacks."""
     return RowFault(NO_COLUMN, f"{where}: no column {name!r}; set fields.{key} to one of {listed(found)}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first ten of some names for an error, however many and however long they are."""
-    names = list(names)
-    more = [f"{len(names) - 10:,} more"] if len(names) > 10 else []
-    return ", ".join([*(one_line(name, 40) for name in names[:10]), *more]) or "none"
 
 
 def _single(row: Any, source: FolderSource | HubSource, where: str) -> Record | None:

@@ -117,8 +117,10 @@ def _row(stage: Stage) -> tuple[str, int, int | None]:
         case RevelaObjective():
             return "passages", 1, objective.language_model.max_tokens
         case ContrastiveObjective():
-            slots = f"{data.positives} positive{'s' * (data.positives > 1)} and {data.negatives} hard negatives"
-            return f"queries with {slots} each", 1 + data.positives + data.negatives, longest
+            positives = f"at most {data.positives} positives" if data.positives > 1 else "1 positive"
+            negatives = f"at most {data.negatives}" if data.negatives else "0"  # rows may have fewer
+            texts = 1 + data.positives + data.negatives
+            return f"queries with {positives} and {negatives} hard negatives each", texts, longest
         case ReContrieverObjective():
             return f"texts with 1 query and {objective.views} keys each", 1 + objective.views, longest
 

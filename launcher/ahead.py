@@ -1,0 +1,150 @@
+"""What would end a run later, found before it starts: data, columns, suites, splits and hub ids, all at once.
+
+Called by launcher/stages.py before the first stage and by --dry-run.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from eval.suite_checks import HubData, check_on_hub, check_suite
+from eval.suites import check_prompts, expand
+from toolkit.data.first_look import Look, count_rows, look, no_negatives, too_few
+from toolkit.data.hub import Unreachable, reachable
+from toolkit.data.records import check_group_sizes
+from toolkit.recipe import ContrastiveObjective, Data, HubSource, Recipe, RecipeError, Source, source_name
+
+_NO_NETWORK = "the hub cannot be reached"
+
+
+class Ahead(NamedTuple):
+    """What was found. Each line names the place in the recipe, but for `said`."""
+
+    problems: list[str]
+    unchecked: list[str]  # what only the hub could tell
+    warnings: list[str]
+    said: list[str]  # which columns of each source are used, each line once
+    looks: dict[tuple[int, int], Look]  # (stage, source) -> its first rows; without those that have a problem
+
+
+def look_ahead(recipe: Recipe, dry: bool) -> Ahead:
+    """Look at the first rows of every source of every stage, and for every suite.
+
+    Args:
+        dry: what the hub would have to tell is left unchecked where it cannot be reached; else that is a problem,
+            unless the local cache has it.
+    """
+    found = Ahead([], [], [], [], {})
+    known: dict[str, Look | RecipeError] = {}
+    for index, stage in enumerate(recipe.stages):
+        for number, source in enumerate(stage.data.sources):
+            key = f"{source.model_dump_json()} {stage.data.negatives} {stage.data.faulty_rows}"
+            if key not in known:
+                known[key] = _look(source, stage.data, dry)
+            at, seen = f"stages.{index}.data.sources.{number}", known[key]
+            if isinstance(seen, Look):
+                found.looks[index, number] = seen
+                found.said.extend(line for line in [f"data: {seen.line}"] if seen.line and line not in found.said)
+            else:
+                _add(found, at, seen, dry)
+        looks = {n: found.looks[index, n] for n in range(len(stage.data.sources)) if (index, n) in found.looks}
+        _check_rows(found, index, stage.data, looks, isinstance(stage.objective, ContrastiveObjective))
+    _check_suites(found, recipe, dry)
+    return found
+
+
+def _add(found: Ahead, at: str, error: RecipeError, dry: bool) -> None:
+    """A problem at a key of the recipe; what only the hub could tell is none in a dry run."""
+    line = f"{at}: {str(error).removeprefix('data.sources: ')}"
+    (found.unchecked if dry and isinstance(error, Unreachable) else found.problems).append(line)
+
+
+# --------------------------------------------------------------------------- sources
+
+
+def _look(source: Source, data: Data, dry: bool) -> Look | RecipeError:
+    if dry and isinstance(source, HubSource) and not reachable():
+        return Unreachable(f"{source_name(source)}: {_NO_NETWORK}")
+    try:
+        seen = look(source, data)
+        if source.limit is not None and (total := count_rows(source)[0]) is not None and total < source.limit:
+            problem = f"limit: {source.limit} rows are more than the source's {total}; lower or remove it"
+            return RecipeError(problem)
+        return seen
+    except RecipeError as error:
+        return error
+
+
+def _check_rows(found: Ahead, index: int, data: Data, looks: dict[int, Look], contrastive: bool) -> None:
+    """What the first rows of a stage's sources show together."""
+    at = f"stages.{index}.data"
+    sizes = {
+        len(record.texts): source_name(data.sources[number])
+        for number, each in looks.items()
+        for record in each.texts
+        if data.sources[number].model_dump().get("format") == "groups"
+    }
+    try:
+        check_group_sizes(sizes)
+    except RecipeError as error:
+        found.problems.append(f"{at}.sources: {str(error).removeprefix('data.sources: ')}")
+    if not contrastive or data.mine is not None:
+        return
+    if data.negatives and len(looks) == len(data.sources) and all(each.negatives is False for each in looks.values()):
+        found.problems.append(f"stages.{index}.{no_negatives(data.negatives, list(looks.values()))}")
+        return
+    for number, each in looks.items():
+        have = {"positives": [len(pair.positives) for pair in each.pairs]}
+        have["negatives"] = [len(pair.negatives) for pair in each.pairs]
+        for key, wanted in (("positives", data.positives), ("negatives", data.negatives)):
+            if line := too_few(key, wanted, have[key], "rows looked at"):
+                found.warnings.append(f"{at}.sources.{number}: {line}")
+
+
+# --------------------------------------------------------------------------- suites
+
+
+def _check_suites(found: Ahead, recipe: Recipe, dry: bool) -> None:
+    named = [suite for stage in recipe.stages for suite in stage.eval.suites]
+    outcome: dict[str, list[RecipeError]] = {}
+    for index, stage in enumerate(recipe.stages):
+        at = f"stages.{index}.eval"
+        for number, suite in enumerate(stage.eval.suites):
+            if suite not in outcome:
+                cut_off = any(isinstance(error, Unreachable) for errors in outcome.values() for error in errors)
+                outcome[suite] = _suite_problems(suite, named, dry or cut_off)
+            for error in outcome[suite]:
+                _add(found, f"{at}.suites.{number}", error, dry)
+        if not any(outcome[suite] for suite in stage.eval.suites):
+            error = _problem(check_prompts, stage.eval.prompts, expand(stage.eval.suites, named))
+            if error is not None:
+                found.problems.append(f"{at}.{str(error).removeprefix('suite ')}")
+
+
+def _suite_problems(suite: str, named: list[str], quick: bool) -> list[RecipeError]:
+    """What is wrong with a suite; `quick`: nothing is asked where the hub cannot be reached, which takes a while."""
+    data: dict[HubData, None] = {}
+
+    def find() -> None:
+        for name in expand([suite], named):
+            data.update(dict.fromkeys(check_suite(name)))
+
+    error = _problem(find)
+    problems = [] if error is None else [error]
+    if data and quick and not reachable():
+        first = next(iter(data)).name
+        count = f"{len(data):,} datasets, the first of them {first}" if len(data) > 1 else f"dataset {first}"
+        return [*problems, Unreachable(f"{suite}: {count}: {_NO_NETWORK}")]
+    for each in data:
+        error = _problem(check_on_hub, each)
+        problems += [] if error is None else [error]
+        if isinstance(error, Unreachable):
+            break
+    return problems
+
+
+def _problem(check: Callable[..., object], *arguments: object) -> RecipeError | None:
+    try:
+        check(*arguments)
+    except RecipeError as error:
+        return error
+    return None

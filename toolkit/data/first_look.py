@@ -1,0 +1,211 @@
+"""What the first rows of a source show before anything is trained: its columns and their use, examples, negatives.
+
+Called by the launcher ahead of a run and by --dry-run, and by prepare_pairs for its errors.
+"""
+
+import json
+import os
+from collections import Counter
+from itertools import islice
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+
+from toolkit.data.beir import beir_rows, read_judgements, titled
+from toolkit.data.faults import Skipped, listed, skipping
+from toolkit.data.lines import numbered_lines
+from toolkit.data.pair_records import Layout, PairRecord, PairSource, first_pairs, pair_files, pair_layout, read_pairs
+from toolkit.data.records import Record, RowFault, first_records, read_rows, text_columns
+from toolkit.data.source_files import data_files, source_files
+from toolkit.files import expanded
+from toolkit.recipe import Data, FolderSource, HubSource, RecipeError, StdlibSource, one_line, source_name
+
+FIRST = 100  # rows of each file that are looked at
+SEARCHED = 100_000  # rows that are searched for a negative, documents for a positive
+_COUNTED = {".jsonl": 4e9, ".gz": 1e9}  # bytes of files whose lines are counted
+
+
+class Look(NamedTuple):
+    """What the first rows of a source show."""
+
+    name: str
+    line: str  # the columns that are used, as what, and those that are not; empty for the embedded corpus
+    columns: list[str]  # all that there are
+    unused: list[str]
+    pairs: list[PairRecord]  # the first of a source of pairs
+    texts: list[Record]  # the first of another source
+    negatives: bool | None  # whether a row has one; None where that is not known
+
+
+def look(source: PairSource, data: Data) -> Look:
+    """The first rows of a source, read as training reads them.
+
+    Raises:
+        RecipeError: as the readers do (`read_pairs`, `read_source`), for what the first rows show.
+        Unreachable: where the hub cannot be reached.
+    """
+    if isinstance(source, StdlibSource):
+        return Look(source_name(source), "", [], [], [], [], False)
+    if isinstance(source, FolderSource) and source.format == "beir":
+        return _look_at_beir(source, data)
+    name = _name(source)
+    rows_of = _columns(source, skipping(data))
+    found = list(dict.fromkeys(column for columns in rows_of for column in columns))
+    if source.format != "pairs":
+        texts = list(first_records(source, FIRST, skipping(data)))
+        fields = source.fields
+        used = {"text": fields.text, "title": fields.title, "document": fields.document}
+        used = {key: column for key, column in used.items() if column in text_columns(source) and column in found}
+        unused = [column for column in found if column not in used.values()]
+        return Look(name, _line(name, used, unused), found, unused, [], texts, None)
+    pairs = list(first_pairs(source, FIRST, skipping(data)))
+    layout = _layout(rows_of, source, data)
+    if layout is None:
+        return Look(name, "", found, found, pairs, [], None)
+    used = {"query": layout.query, "positive": layout.positive}
+    used |= {"negatives": ", ".join(layout.negatives)} if data.negatives and layout.negatives else {}
+    used |= {"weight": layout.weight} if layout.weight is not None else {}
+    unused = [column for column in found if column not in layout.columns()]
+    idle = [] if data.negatives else [f"{column} (data.negatives is 0)" for column in layout.negatives]
+    negatives = _any_negative(source, pairs, layout, data)
+    return Look(name, _line(name, used, idle + unused), found, unused, pairs, [], negatives)
+
+
+def no_negatives(wanted: int, looks: list[Look]) -> str:
+    """The error for sources without a negative where `wanted` are asked for, as "data.negatives: ..." on one line."""
+    held = [f"{one_line(each.name)} ({_held(each)})" for each in looks]
+    meant = [column for each in looks for column in each.unused if "neg" in column.lower()]
+    hint = f"did you mean fields.negatives {json.dumps(meant)}? Otherwise " if meant else ""
+    fix = (
+        "name the columns in fields.negatives, call them negatives, or negative_1, negative_2 and so on, mine some "
+        "(data.mine), or set data.negatives to 0"
+    )
+    return one_line(f"data.negatives: {wanted} are asked for, but no row of {' and '.join(held)} has any; {hint}{fix}")
+
+
+def too_few(key: str, wanted: int, have: list[int], rows: str) -> str:
+    """The rows that have fewer positives or negatives than a row's slots, and their share; empty if there are none.
+
+    Args:
+        key: "positives" or "negatives"; `have`: how many of them each row has; `rows`: what these rows are called.
+    """
+    few, none = sum(count < wanted for count in have), have.count(0) if wanted else 0
+    if not few:
+        return ""
+    told = f"{few:,} of {len(have):,} {rows} ({few / len(have):.1%}) have fewer than data.{key} = {wanted}"
+    told += f", {none:,} of them none" if none else ""
+    return f"{told} (at most {max(have)}); their slots stay empty"
+
+
+def _held(each: Look) -> str:
+    return f"columns {listed(each.columns)}" if each.columns else "which holds none"
+
+
+def _name(source: HubSource | FolderSource) -> str:
+    """A source with its split and, of a folder, how many of its data files are read."""
+    if isinstance(source, HubSource):
+        return f"dataset {source.hub}, split {source.split}"
+    split = "" if source.split is None else f", split {source.split}"
+    path = expanded(source.folder)
+    if not os.path.isdir(path):
+        return source.folder
+    read, there = len(source_files(source)), len(data_files(path))
+    return f"{source.folder}{split} ({read} of {there} files)" if (read, there) != (1, 1) else f"{source.folder}{split}"
+
+
+def _columns(source: HubSource | FolderSource, skipped: Skipped | None) -> list[list[str]]:
+    """The lists of columns that the first rows of the files have, each once; empty for rows that are no objects."""
+    rows = read_rows(source, lambda found, _: found, Counter(), skipped, FIRST)
+    met = {tuple(map(str, row)): None for _, row in rows if isinstance(row, dict)}
+    return [list(columns) for columns in met]
+
+
+def _layout(rows_of: list[list[str]], source: HubSource | FolderSource, data: Data) -> Layout | None:
+    """What the columns are, of the first rows that can be used; None if there are none of them yet."""
+    for columns in rows_of:
+        try:
+            return pair_layout(columns, source.fields, source_name(source))
+        except RowFault:
+            if data.faulty_rows == "refuse":
+                raise
+    return None
+
+
+def _line(name: str, used: dict[str, str], unused: list[str]) -> str:
+    """E.g. "pairs.jsonl: query = anchor, positive = positive; not used: score"."""
+    roles = ", ".join(f"{key} = {column}" for key, column in used.items()) or "each row a list of texts"
+    return one_line(f"{name}: {roles}" + (f"; not used: {listed(unused)}" if unused else ""))
+
+
+def _any_negative(source: HubSource | FolderSource, pairs: list[PairRecord], layout: Layout, data: Data) -> bool | None:
+    """Whether a row has a negative: no source without a column for them; else the first rows tell, or more of them."""
+    if not layout.negatives:
+        return False
+    if not data.negatives or any(pair.negatives for pair in pairs):
+        return bool(data.negatives) or None
+    if isinstance(source, HubSource):  # more of it would be downloaded
+        return None
+    for number, pair in enumerate(read_pairs(source, Counter(), skipping(data)), start=1):
+        if pair.negatives or number == SEARCHED:
+            return True if pair.negatives else None
+    return False
+
+
+def _look_at_beir(source: FolderSource, data: Data) -> Look:
+    corpus, asked, judgements = pair_files(source)
+    skipped = skipping(data)
+    qrels = read_judgements(judgements, skipped=skipped)
+    rows = islice(beir_rows(asked, skipped), SEARCHED)
+    queries = dict(islice(((row_id, titled(row)) for row_id, row, _ in rows if row_id in qrels), FIRST))
+    wanted = {document for query in queries for document in qrels[query]}
+    documents: dict[str, str] = {}
+    columns: dict[str, None] = {}
+    for number, (row_id, row, _) in enumerate(beir_rows(corpus, skipped), start=1):
+        columns |= dict.fromkeys(row)
+        if row_id in wanted:
+            documents[row_id] = titled(row)
+        if (number >= FIRST and documents) or number == SEARCHED:
+            break
+    pairs = []
+    for query, text in queries.items():
+        positives = [documents[d] for d, grade in qrels[query].items() if grade > 0 and documents.get(d)]
+        negatives = [documents[d] for d, grade in qrels[query].items() if grade <= 0 and documents.get(d)]
+        pairs += [PairRecord(text, positives, negatives, 1.0)] if text and positives else []
+    some = any(grade <= 0 for grades in qrels.values() for grade in grades.values())
+    used = [column for column in ("title", "text") if column in columns]
+    unused = [column for column in columns if column not in ("_id", "title", "text")]
+    judged = "grades of 0 as negatives" if data.negatives and some else "grades of 0 not used" if some else ""
+    parts = [f"judged queries of {judgements.name}", *([judged] if judged else []), f"passages = {' and '.join(used)}"]
+    line = f"{source.folder}: {', '.join(parts)}" + (f"; not used: {listed(unused)}" if unused else "")
+    return Look(f"{source.folder}, {judgements.name}", one_line(line), [], unused, pairs, [], some)
+
+
+# --------------------------------------------------------------------------- how many rows
+
+
+def count_rows(source: PairSource) -> tuple[int | None, str]:
+    """Rows of a local source before any are left out, and how they were counted; None with the reason why they are not.
+
+    Raises:
+        RecipeError: for files that cannot be read.
+    """
+    if isinstance(source, StdlibSource):
+        return None, "not counted: the embedded corpus"
+    if isinstance(source, HubSource):
+        return None, "not counted: a dataset of the hub"
+    if source.format == "beir":
+        return len(read_judgements(pair_files(source)[2], skipped=Skipped())), "judged queries"
+    total, ways = 0, {}
+    for path in source_files(source):
+        if path.suffix == ".parquet":
+            try:
+                total += pq.read_metadata(path).num_rows
+            except (OSError, ValueError) as error:
+                raise RecipeError(one_line(f"{path}: not a readable parquet file ({error}); write it again")) from None
+            ways["by the metadata of parquet files"] = None
+        elif path.stat().st_size > _COUNTED[path.suffix]:
+            return None, f"not counted: {one_line(path.name)} has {path.stat().st_size / 1e9:.1f} GB"
+        else:
+            total += sum(1 for _ in numbered_lines(path))
+            ways["by counting lines"] = None
+    return total, " and ".join(ways)
