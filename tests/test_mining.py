@@ -45,7 +45,7 @@ def dense_scores(rows: MiningRows) -> np.ndarray:
 
 def bm25_of_all(rows: MiningRows) -> np.ndarray:
     queries, found = [record.query for record in rows.records], np.zeros((len(rows.records), len(rows.passages)))
-    scores, indices = bm25_top_k(rows.passages, queries, len(rows.passages), code=True)
+    scores, indices = bm25_top_k(rows.passages, queries, len(rows.passages), reading="code")
     for row in range(len(found)):
         found[row, indices[row, indices[row] >= 0]] = scores[row, indices[row] >= 0]
     return found
@@ -80,7 +80,7 @@ def lists(mined: Mined) -> list[list[int]]:
 def searches(rows: MiningRows) -> list[tuple[Search, np.ndarray]]:
     return [
         (retriever_search(tiny_retriever(), rows), dense_scores(rows)),
-        (bm25_search(rows, code=True), bm25_of_all(rows)),
+        (bm25_search(rows, reading="code"), bm25_of_all(rows)),
     ]
 
 
