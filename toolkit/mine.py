@@ -28,8 +28,6 @@ from toolkit.recipe_checks import mine_problems
 from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
 from toolkit.retrievers import load_any
 
-_HOW_BM25_READS = "--text and --language"
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
@@ -101,10 +99,12 @@ def _run(arguments: argparse.Namespace) -> None:
     mined = mine(rows, search, settings, arguments.seed, 0)
 
     def write() -> None:
+        if retriever is None:
+            warn_if_nothing_found(
+                "queries", int((mined.found == 0).sum()), len(mined.found), reading, "--text and --language"
+            )
         with replacing_folder(arguments.output) as work:
             line = write_mined(rows, mined, settings, work, about)
-        if retriever is None:
-            warn_if_nothing_found("queries", int((mined.found == 0).sum()), len(mined.found), reading, _HOW_BM25_READS)
         print(f"{line}\nwritten to {arguments.output}", flush=True)
 
     together(write)

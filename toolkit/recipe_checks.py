@@ -245,7 +245,7 @@ def mine_problems(mine: MineSettings) -> Iterator[tuple[str, str]]:
         )
         yield (
             "ranks",
-            f"{first} to {last} hold {held} passages, fewer than the {mine.negatives} negatives of a row; {fix}",
+            f"{first} to {last} hold {held} passages, but negatives asks for {mine.negatives}; {fix}",
         )
     if mine.positive != "highest" and mine.max_share is None and mine.margin is None:
         yield "positive", "only max_share and margin count from it; set one of them, or leave positive out"
