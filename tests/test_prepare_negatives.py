@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from beir import write_beir
 from distributed import run_on_ranks
-from languages import write_language
+from languages import SENTENCES
 from tiny_retriever import CASES, make
 
 from toolkit import prepare_negatives as module
@@ -118,9 +118,11 @@ def test_negatives_are_mined_once_for_what_decides_them(
 
 def test_each_source_is_read_in_its_language(tmp_path: Path, capsys):
     """Rows in Chinese and in German; in one language for both (control) the Chinese queries find nothing."""
-    sources = [{"folder": str(tmp_path / "t"), "format": "beir", "split": "test"} for _ in range(2)]
-    for source, name in zip(sources, ("chinese", "german"), strict=True):
-        source["folder"] = str(write_language(tmp_path / name, name))
+    sources = []
+    for name, word, asked in (("chinese", "中国", "中国"), ("german", "Das Haus. ", "Häuser")):
+        sources.append({"folder": str(tmp_path / f"{name}.jsonl"), "format": "pairs"})
+        rows = [{"query": f"{asked} {i}{i}", "positive": word + text} for i, text in enumerate(SENTENCES[name][1])]
+        Path(sources[-1]["folder"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     wanted = {"by": "bm25", "text": "prose", "ranks": [1, 3], "negatives": 1}
 
     def by_of(mine: dict[str, Any]) -> list[dict[str, Any]]:

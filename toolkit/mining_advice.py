@@ -26,14 +26,10 @@ def why_none(
     if empty.any():
         found = ranked[empty]
         deepest = int(found.max())
-        fix = (
-            f"the search finds at most {deepest}; with ranks [{deepest}, {last}]"
-            if deepest
-            else "the search finds none"
-        )
-        fix += (
-            f" {(found >= deepest).sum():,} would have one" if deepest else "; look at the queries, or at the passages"
-        )
+        fix = "the search finds nothing but positives, or nothing"
+        if deepest:
+            fix = f"the search finds at most {deepest}; with ranks [{deepest}, {last}]"
+            fix += f" {(found >= deepest).sum():,} would have one"
         parts.append(f"{empty.sum():,} rows have no passage at ranks {first} to {last}: {fix}")
     return "; ".join(parts)
 
