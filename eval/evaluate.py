@@ -26,6 +26,7 @@ from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retriever_settings import for_task, with_settings
 from toolkit.search import search, search_among
 from toolkit.vectors import Store, gather_rows, leave
+from toolkit.words import reading_of
 
 Ranking = tuple[np.ndarray, np.ndarray]  # scores fp32 [q, k], indices of documents int64 [q, k], -1 for none
 RankDocuments = Callable[[Task, list[str], slice, list[np.ndarray] | None], Ranking]
@@ -100,25 +101,55 @@ def evaluate_bm25(
 ) -> dict[str, dict[str, float]]:
     """Score BM25 in the same way; it reads the embedded corpus as code and else prose, unless `changes` says which.
 
-    Tasks without a search (clustering and so on) are left out and named in metrics.json. `cache` keeps the index of
-    each collection (toolkit.bm25.bm25_index).
+    Prose is read in the language of `changes`, or in each collection's own as detected; metrics.json says in which, and
+    for how many queries nothing is found. If that are more than half, a warning says so. Tasks without a search
+    (clustering and so on) are left out and named in metrics.json. `cache` keeps the index of each collection
+    (toolkit.bm25.bm25_index).
     """
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
+    languages: dict[str, str | None] = {}  # of each collection; None for code
+    without: dict[str, int] = {}  # queries of each collection for which nothing is found
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
+        name, queries = task.collection.name, list(task.collection.queries.values())
+        reading = _bm25_reading(task, texts, queries, changes)
+
         def keep_index() -> None:
-            bm25.bm25_index(texts, code=task.code, cache=cache)
+            bm25.bm25_index(texts, reading=reading, cache=cache)
 
         if cache is not None:  # one rank makes it, all read it
             together(keep_index)
-        queries = list(task.collection.queries.values())[own]
-        return on_every_rank(
-            lambda: bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates, cache=cache)
+        scores, indices = on_every_rank(
+            lambda: bm25.bm25_top_k(texts, queries[own], DEPTH, reading=reading, candidates=candidates, cache=cache)
         )
+        languages[name] = None if task.code else reading
+        without[name] = int(gather_rows((indices < 0).all(1).astype(np.int64)).sum())
+        if rank() == 0:
+            of, keys = f"queries of {name}", "bm25_text and bm25_language (--bm25-text, --bm25-language)"
+            bm25.warn_if_nothing_found(of, without[name], len(queries), reading, keys)
+        return scores, indices
 
-    system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
+    system = {
+        "kind": "bm25",
+        "method": "lucene",
+        "k1_b": bm25.SETTINGS,
+        "languages": languages,
+        "queries_without_documents": without,
+    }
     record = {"label": "BM25", "step": None, "system": system, "identical_ids": changes.identical_ids}
     return _evaluate(rank_documents, None, suites, changes, folder, record)
+
+
+def _bm25_reading(task: Task, texts: list[str], queries: list[str], changes: EvalSettings) -> str:
+    """How BM25 reads a collection; says in one line what is detected, and where a language has no effect."""
+    text = "code" if task.code else "prose"
+    reading = reading_of(text, changes.bm25_language, texts, queries)
+    if rank() == 0:
+        if changes.bm25_language is None:
+            bm25.say_language(task.collection.name, reading, "bm25_language (--bm25-language)")
+        elif task.code:
+            print(f"BM25 reads {task.collection.name} as code: bm25_language has no effect on it", flush=True)
+    return reading
 
 
 def _as_asked(task: Task, changes: EvalSettings) -> Task:

@@ -50,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     of_model.add_argument("--identical-ids", default="task", metavar="HOW", help=ids)
     text = "what BM25 reads; default: code for the embedded corpus, else prose"
     of_model.add_argument("--bm25-text", choices=("prose", "code"), help=text)
+    language = (
+        "of prose, for BM25: a PyStemmer algorithm, none or ngrams (Chinese, Japanese, Thai ...); default: detected"
+    )
+    of_model.add_argument("--bm25-language", metavar="NAME", help=language)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
 
@@ -66,6 +70,7 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
         prompts=prompts,
         identical_ids=arguments.identical_ids,
         bm25_text=arguments.bm25_text,
+        bm25_language=arguments.bm25_language,
         vectors_dtype=arguments.vectors_dtype,
     )
 
@@ -74,6 +79,10 @@ def _run(arguments: argparse.Namespace) -> None:
     what, output, changes = arguments.what, arguments.output, _settings(arguments)
     if what == "bm25" and arguments.no_bm25:
         raise RecipeError("--no-bm25: bm25 is what is scored; leave one of the two out")
+    if changes.bm25_text == "code" and changes.bm25_language is not None:
+        raise RecipeError("--bm25-language: code is read without a language; leave it or --bm25-text out")
+    if arguments.no_bm25 and (changes.bm25_text or changes.bm25_language):
+        raise RecipeError("--no-bm25: nothing reads --bm25-text and --bm25-language then; drop them")
     if what == "bm25":
         check_bm25_flags(arguments.adapter or arguments.vectors, changes)
     device = join_ranks()

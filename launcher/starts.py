@@ -118,7 +118,7 @@ def score_bm25(recipe: Recipe, run: Path) -> None:
 def _of_bm25(recipe: Recipe) -> list[str | None]:
     """All of a recipe but its suites that the scores of BM25 depend on; the same in all stages."""
     settings = recipe.stages[0].eval
-    return [settings.identical_ids, settings.bm25_text]
+    return [settings.identical_ids, settings.bm25_text, settings.bm25_language]
 
 
 def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) -> None:

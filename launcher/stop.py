@@ -1,5 +1,6 @@
 """eval.stop_if_worse: whether a run stops after a stage, and why. Called by launcher/stages.py on rank 0."""
 
+import json
 from pathlib import Path
 
 from launcher.starts import origin, start_folder, start_label
@@ -42,6 +43,8 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
     compared = compare_systems(read_system(other_folder, label), read_system(folder / "eval", stage.name))
     if not compared:
         raise ValueError(f"stage {index} {stage.name} and {label} have no collection of two queries in common")
+    if stop.than == "bm25":
+        _warn_of_void_bm25(other_folder, [row.collection for row in compared])
     worse = [row for row in compared if row.change.difference < -stop.by and row.p_holm < LEVEL]
     if not worse:
         return ""
@@ -53,6 +56,20 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
         f"collection{'s' * (len(compared) > 1)}{others}; the run stops here, to go on: --set "
         f"stages.{index}.eval.stop_if_worse=null"
     )
+
+
+def _warn_of_void_bm25(folder: Path, collections: list[str]) -> None:
+    """A stage is above a BM25 that finds nothing, whatever it has learned: say so again where a run rests on it."""
+    from toolkit.bm25 import warn_if_nothing_found
+    from toolkit.words import CODE
+
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    system = metrics.get("system", {})
+    without = system.get("queries_without_documents", {})  # which earlier results lack
+    for name in (name for name in collections if name in without):
+        reading = system["languages"][name] or CODE
+        total, keys = metrics["collections"][name]["queries"], "eval.bm25_text and eval.bm25_language"
+        warn_if_nothing_found(f"queries of {name}", without[name], total, reading, keys)
 
 
 def _other(recipe: Recipe, index: int, run: Path, than: str) -> tuple[Path, str]:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("toolkit", "eval", "launcher")
 LIGHT = {"toolkit.recipe", "toolkit.files", "toolkit.collectives", "toolkit.determinism"}
-ABOVE_MODELS = LIGHT | {f"toolkit.{name}" for name in ("models", "data", "vectors", "embed", "search", "bm25")}
+ABOVE_MODELS = LIGHT | {f"toolkit.{name}" for name in ("models", "data", "vectors", "embed", "search", "bm25", "words")}
 
 # What of ours each module may import; the longest matching name counts.
 OURS = {
@@ -29,13 +29,15 @@ OURS = {
     "toolkit.embed": ABOVE_MODELS,
     "toolkit.search": ABOVE_MODELS,
     "toolkit.bm25": ABOVE_MODELS,
+    "toolkit.words": LIGHT,
     "toolkit.prepare": ABOVE_MODELS | {"toolkit.prepare_sources"},
     "toolkit.prepare_build": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
     "toolkit.prepare_sources": ABOVE_MODELS,
     "toolkit.prepare_pairs": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
     "toolkit.prepare_crops": ABOVE_MODELS | {"toolkit.prepare", "toolkit.prepare_sources"},
     "toolkit.prepare_neighbours": ABOVE_MODELS | {"toolkit.prepare"},
-    "toolkit.mining": ABOVE_MODELS | {"toolkit.prepare"},
+    "toolkit.mining": ABOVE_MODELS | {"toolkit.prepare", "toolkit.mining_advice"},
+    "toolkit.mining_advice": LIGHT | {"toolkit.data"},
     "toolkit.prepare_negatives": ABOVE_MODELS
     | {"toolkit.prepare", "toolkit.prepare_pairs", "toolkit.prepare_sources", "toolkit.mining", "toolkit.export"},
     "toolkit.last_words": set(),

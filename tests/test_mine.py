@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from beir import write_beir
 from distributed import launch
+from languages import write_language
 from retrievers import tiny_retriever
 from tiny_retriever import CASES, make
 
@@ -84,6 +85,27 @@ def test_rows_are_mined_over_a_corpus_beside_them(tmp_path: Path):
     assert not (tmp_path / "b").exists()  # without the corpus no row has a negative
 
 
+def test_language_and_positive_are_flags_and_written_down(tmp_path: Path, capsys):
+    folder = str(write_language(tmp_path / "thai", "thai"))
+    arguments = ["--pairs", folder, "--split", "test", "--ranks", "1", "3", "--negatives", "1", "--seed", "1"]
+
+    def mined(name: str, *more: str) -> dict[str, object]:
+        assert main([*BM25, *arguments, *more, "--output", str(tmp_path / name)]) == 0
+        return json.loads((tmp_path / name / "mined.json").read_text())
+
+    record = mined("detected")
+    assert (record["by"]["language"], record["settings"]["language"]) == ("ngrams", None)
+    assert "BM25 reads the pairs as ngrams, by its script and function words; --language sets " in (
+        capsys.readouterr().out
+    )
+    arguments[1:4] = [str(write_beir(tmp_path / "small")), "--split", "dev"]
+    record = mined("named", "--language", "none", "--max-share", "0.9", "--positive", "mean")
+    said = capsys.readouterr()
+    assert "BM25 reads" not in said.out
+    assert (record["by"]["language"], record["settings"]["language"]) == ("none", "none")
+    assert record["settings"]["positive"] == "mean"
+
+
 def test_one_and_two_ranks_write_the_same_file(folder: Path, export: Path, tmp_path: Path):
     """Six rows over two ranks; another seed draws others (control)."""
 
@@ -154,15 +176,32 @@ def test_what_is_refused_is_one_line(folder: Path, tmp_path: Path, capsys):
         ),
         (["x", "--pooling", "max"], {}, "--pooling: Input should be 'eos', 'mean' or 'cls'"),
         (BM25, {"--ranks": "0 5"}, "--ranks: input should be greater than 0"),
-        (BM25, {"--ranks": "4 5"}, "--ranks: 4 to 5 hold fewer than 3 negatives; widen them"),
+        (
+            BM25,
+            {"--ranks": "4 5"},
+            "--ranks: 4 to 5 hold 2 passages, but negatives asks for 3; set ranks to 4 and 6 or more, or ",
+        ),
+        (
+            [str(tmp_path), "--language", "german"],
+            {},
+            "--language says in which language bm25 reads; give it with bm25",
+        ),
+        (["bm25", "--text", "code", "--language", "german"], {}, "--language: code is read without a language; leave"),
+        ([*BM25, "--language", "klingon"], {}, "--language: input should be 'none', 'ngrams', 'arabic', "),
+        (BM25, {"--positive": "lowest"}, "--positive: only max_share and margin count from it; set one of them, or"),
+        (BM25, {"--positive": "median"}, "--positive: input should be 'lowest', 'mean' or 'highest'"),
         (BM25, {"--max-share": "1.5"}, "--max-share: input should be less than or equal to 1"),
         (BM25, {"--margin": "-1"}, "--margin: input should be greater than or equal to 0"),
-        (BM25, {"--margin": "99"}, "no row got a negative ("),
+        (
+            BM25,
+            {"--margin": "99"},
+            'no row got a negative: margin 99 (positive "highest") leaves 5 rows none, since all',
+        ),
         (BM25, {"--split": "train"}, f"data.sources: {folder} has no qrels/train.tsv; set split to dev or test"),
         (BM25, {"--pairs": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),
         (BM25, {"--corpus": str(tmp_path / "none")}, f"data.sources: {tmp_path}/none does not exist; name a folder"),
         (BM25, {"--output": str(taken)}, f"{taken}: is there already; choose another --output, or delete it"),
-        (BM25, {"--max-score": "-1"}, "no row got a negative ("),
+        (BM25, {"--max-score": "-1"}, "no row got a negative: max_score -1 leaves 5 rows none, since all "),
         ([str(tmp_path)], {}, f"{tmp_path}: is no export (export.json), no sentence-transformers model"),
     ]
     for what, changes, problem in cases:

@@ -1,6 +1,7 @@
 """Mining against a plain search in fp64: who is found, who never is, and by which draw."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from toolkit.recipe import FolderSource, MineSettings
 TEXTS = ragged_texts(90, longest=12)
 
 
-def settings(first: int = 1, last: int = 20, count: int = 3, **limits: float) -> MineSettings:
+def settings(first: int = 1, last: int = 20, count: int = 3, **limits: float | str) -> MineSettings:
     return MineSettings.model_validate({"ranks": [first, last], "negatives": count, **limits})
 
 
@@ -45,7 +46,7 @@ def dense_scores(rows: MiningRows) -> np.ndarray:
 
 def bm25_of_all(rows: MiningRows) -> np.ndarray:
     queries, found = [record.query for record in rows.records], np.zeros((len(rows.records), len(rows.passages)))
-    scores, indices = bm25_top_k(rows.passages, queries, len(rows.passages), code=True)
+    scores, indices = bm25_top_k(rows.passages, queries, len(rows.passages), reading="code")
     for row in range(len(found)):
         found[row, indices[row, indices[row] >= 0]] = scores[row, indices[row] >= 0]
     return found
@@ -55,7 +56,7 @@ def by_hand(rows: MiningRows, scores: np.ndarray, wanted: MineSettings, seed: in
     """Rank all passages of each row, leave out one after another, draw."""
     chosen = []
     for row, record in enumerate(rows.records):
-        positive = min(scores[row, rows.positives[row]])
+        positive = {"lowest": min, "mean": np.mean, "highest": max}[wanted.positive](scores[row, rows.positives[row]])
         limit = min(
             np.inf if wanted.max_share is None else wanted.max_share * positive,
             np.inf if wanted.margin is None else positive - wanted.margin,
@@ -80,7 +81,7 @@ def lists(mined: Mined) -> list[list[int]]:
 def searches(rows: MiningRows) -> list[tuple[Search, np.ndarray]]:
     return [
         (retriever_search(tiny_retriever(), rows), dense_scores(rows)),
-        (bm25_search(rows, code=True), bm25_of_all(rows)),
+        (bm25_search(rows, reading="code"), bm25_of_all(rows)),
     ]
 
 
@@ -183,7 +184,106 @@ def test_what_is_written_is_read_as_pairs(tmp_path: Path):
 def test_no_negative_at_all_is_an_error(tmp_path: Path):
     rows = rows_of()
     mined = mine(rows, searches(rows)[0][0], settings(1, 30, 4, max_score=-2.0), 0, 0)
-    with pytest.raises(ValueError, match=r"no row got a negative \(900 passages scored too high\); widen ranks, raise"):
-        write_mined(rows, mined, settings(), tmp_path, {})
+    told = r"^no row got a negative: max_score -2 leaves 30 rows none, since all 900 candidates at ranks 1 to 30 "
+    with pytest.raises(ValueError, match=told + r"score above it; with max_score \S+ \d+ rows would get one"):
+        write_mined(rows, mined, settings(1, 30, 4, max_score=-2.0), tmp_path, {})
     full = rows._replace(own=[["a", "b", "c"] for _ in rows.own])  # nothing is lacking
     assert "mined: 0 hard negatives for 30 rows" in write_mined(full, mined, settings(), tmp_path, {})
+
+
+# --------------------------------------------------------------------------- several positives, one of which is low
+
+
+def medline() -> MiningRows:
+    """40 queries of two words: one positive has both, the other one neither; ten passages have one of them each."""
+    records, corpus = [], []
+    for i in range(40):
+        high, low = f"cure{i} fever{i} of men", f"other words of case {i}"
+        records.append(PairRecord(f"cure{i} fever{i}", [high, low], [], 1.0))
+        corpus += [f"fever{i} and {' '.join(f'x{j}' for j in range(n))}" for n in range(1, 11)]
+    return mining_rows(records, corpus, known_positives(records))
+
+
+@pytest.mark.parametrize(("positive", "starved"), [("lowest", 40), ("mean", 0), ("highest", 0), (None, 0)])
+def test_a_positive_that_scores_low_takes_no_negatives_from_its_row(positive, starved: int, tmp_path: Path, capsys):
+    rows = medline()
+    wanted = settings(1, 10, 2, max_share=0.95, **({} if positive is None else {"positive": positive}))
+    mined = mine(rows, bm25_search(rows, reading="english"), wanted, 0, 0)
+    assert sum(not row for row in lists(mined)) == starved
+    np.testing.assert_array_equal(mined.positives[:, 0], 0)  # the low one shares no word
+    np.testing.assert_allclose(mined.positives[:, 1] * 2, mined.positives[:, 2])
+    which = ("lowest", "mean", "highest").index(positive or "highest")
+    np.testing.assert_allclose(mined.scores[:, 0], mined.positives[:, which], rtol=1e-6)
+    if not starved:
+        write_mined(rows, mined, wanted, tmp_path, {})
+        record = json.loads((tmp_path / "mined.json").read_text())
+        assert record["settings"]["positive"] == (positive or "highest") and capsys.readouterr().err == ""
+        return
+    told = (
+        'no row got a negative: max_share 0.95 (positive "lowest") leaves 40 rows none, since all 400 candidates at '
+        'ranks 1 to 10 score above it; with positive "highest" 40 rows would get one; with max_share null 40 rows '
+        "would get one"
+    )
+    with pytest.raises(ValueError) as error:
+        write_mined(rows, mined, wanted, tmp_path, {})
+    assert str(error.value) == told
+
+
+@pytest.mark.parametrize("limit", [{"max_share": 0.9}, {"margin": 0.1}], ids=["share", "margin"])
+@pytest.mark.parametrize("positive", ["lowest", "mean", "highest"])
+def test_limits_count_from_the_positive_that_is_chosen(limit, positive: str):
+    queries = [" ".join(text.split()[:3]) for text in TEXTS[:20]]
+    records = [PairRecord(query, [TEXTS[i], TEXTS[30 + i]], [], 1.0) for i, query in enumerate(queries)]
+    rows = mining_rows(records, TEXTS, known_positives(records))
+    for search, scores in searches(rows):
+        wanted = settings(1, 30, 3, **limit, positive=positive)
+        assert lists(mine(rows, search, wanted, 5, 2)) == by_hand(rows, scores, wanted, 5, 2)
+        for other in {"lowest", "mean", "highest"} - {positive}:  # control
+            assert by_hand(rows, scores, settings(1, 30, 3, **limit, positive=other), 5, 2) != by_hand(
+                rows, scores, wanted, 5, 2
+            )
+
+
+def test_many_rows_without_a_negative_are_said(tmp_path: Path, capsys):
+    """A value that the warning names gives as many rows a negative as it says."""
+    rows = rows_of()
+    search = bm25_search(rows, reading="code")
+    scores = mine(rows, search, settings(1, 30, 2), 0, 0)
+    share = float(np.quantile((scores.least / scores.positives[:, 2])[~np.isnan(scores.least)], 0.4))
+    wanted = settings(1, 30, 2, max_share=share)
+    mined = mine(rows, search, wanted, 0, 0)
+    write_mined(rows, mined, wanted, tmp_path, {})
+    none = json.loads((tmp_path / "mined.json").read_text())["counts"]["rows_with_none"]
+    said = capsys.readouterr().err
+    assert none > 3 and said.startswith(f"warning: {none} of 30 rows have no negative: max_share {share:g} (positive ")
+    found = re.search(r"with max_share (0\.\d+|1) (\d+) rows would get one", said)
+    assert found is not None
+    again = mine(rows, search, settings(1, 30, 2, max_share=float(found[1])), 0, 0)
+    without = sum(not own and not kept for own, kept in zip(lists(again), rows.own, strict=True))
+    assert none - without == int(found[2]) > 0
+    write_mined(rows, scores, settings(1, 30, 2), tmp_path, {})
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks_that_begin_too_deep_are_named(tmp_path: Path):
+    rows = medline()
+    wanted = settings(20, 30, 2)
+    mined = mine(rows, bm25_search(rows, reading="english"), wanted, 0, 0)
+    told = (
+        "no row got a negative: 40 rows have no passage at ranks 20 to 30: the search finds at most 10; with ranks "
+        "[10, 30] 40 would have one"
+    )
+    with pytest.raises(ValueError) as error:
+        write_mined(rows, mined, wanted, tmp_path, {})
+    assert str(error.value) == told
+    lowered = mine(rows, bm25_search(rows, reading="english"), settings(10, 30, 2), 0, 0)
+    assert all(len(own) == 1 for own in lists(lowered))
+
+
+def test_queries_that_share_no_word_are_counted():
+    rows = medline()
+    rows.records[0] = rows.records[0]._replace(query="unheard of")
+    rows.records[1] = rows.records[1]._replace(query="unheard")
+    mined = mine(rows, bm25_search(rows, reading="english"), settings(), 0, 0)
+    assert np.flatnonzero(mined.found == 0).tolist() == [0, 1]
+    assert (mined.ranked[2:] == 10).all() and (mined.found[2:] == 11).all()

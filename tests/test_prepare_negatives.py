@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from beir import write_beir
 from distributed import run_on_ranks
+from languages import SENTENCES
 from tiny_retriever import CASES, make
 
 from toolkit import prepare_negatives as module
@@ -108,10 +109,38 @@ def test_negatives_are_mined_once_for_what_decides_them(
         (data_of(beir(moved)), None, 0),
         (data_of(beir(folder), mine=BM25 | {"text": "code"}), None, 0),
         (data_of(beir(folder), mine=BM25 | {"max_share": 0.5}), None, 0),
+        (data_of(beir(folder), mine=BM25 | {"language": "none"}), None, 0),
         (data_of(beir(folder, passage_prefix="p: "), mine=PREVIOUS), exports[0], 0),
     ):
         with pytest.raises(TypeError):
             with_negatives(changed, export, run, seed, "cpu")
+
+
+def test_each_source_is_read_in_its_language(tmp_path: Path, capsys):
+    """Rows in Chinese and in German; in one language for both (control) the Chinese queries find nothing."""
+    sources = []
+    for name, word, asked in (("chinese", "中国", "中国"), ("german", "Das Haus. ", "Häuser")):
+        sources.append({"folder": str(tmp_path / f"{name}.jsonl"), "format": "pairs"})
+        rows = [{"query": f"{asked} {i}{i}", "positive": word + text} for i, text in enumerate(SENTENCES[name][1])]
+        Path(sources[-1]["folder"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = {"by": "bm25", "text": "prose", "ranks": [1, 3], "negatives": 1}
+
+    def by_of(mine: dict[str, Any]) -> list[dict[str, Any]]:
+        found = with_negatives(data_of(*sources, mine=mine), None, tmp_path / "run", 0, "cpu").sources
+        return [json.loads((Path(source.folder) / "mined.json").read_text())["by"] for source in found]
+
+    assert [by["language"] for by in by_of(wanted)] == ["ngrams", "german"]
+    said = capsys.readouterr()
+    assert "BM25 reads data.sources.0 as ngrams, " in said.out and "BM25 reads data.sources.1 as german, " in said.out
+    assert "finds nothing" not in said.err
+    with pytest.raises(RecipeError, match=r"^data\.mine: source 0: no row got a negative: 4 rows have no passage at "):
+        by_of(wanted | {"language": "english"})
+    said = capsys.readouterr()
+    assert "BM25 reads" not in said.out
+    expected = (
+        "warning: BM25 finds nothing for 4 of 4 queries of data.sources.0: read as english they share no word with "
+    )
+    assert said.err.startswith(expected) and "data.mine.text and data.mine.language" in said.err
 
 
 def test_a_limited_source_gives_its_rows_alone(folder: Path, tmp_path: Path):
@@ -133,7 +162,7 @@ def test_a_prefix_of_the_source_is_the_retriever_s(folder: Path, exports: list[P
 
 def test_what_cannot_be_mined_is_one_line(folder: Path, exports: list[Path], tmp_path: Path):
     data, run = data_of(beir(folder), mine=BM25 | {"max_score": -1.0}), tmp_path / "run"
-    with pytest.raises(RecipeError, match=r"^data\.mine: source 0: no row got a negative \(.*; widen ranks, raise"):
+    with pytest.raises(RecipeError, match=r"^data\.mine: source 0: no row got a negative: max_score -1 leaves 5 rows"):
         with_negatives(data, None, run, 0, "cpu")
     assert not list((run / "prepared").glob("mined_*"))
     with pytest.raises(RecipeError, match=r"none: is no export \(no export.json\); give"):
@@ -159,7 +188,7 @@ def test_every_rank_gets_the_same_rows_or_the_same_error(folder: Path, exports: 
         "data": [data.model_dump(mode="json") for data in asked],
     }
     one, other = run_on_ranks("negatives_ranks.py", 2, request, tmp_path, timeout=120)
-    assert one == other and one[2].startswith("data.mine: source 0: no row got a negative (")
+    assert one == other and one[2].startswith("data.mine: source 0: no row got a negative: max_score -1 leaves ")
     for data, answer in zip(asked[:2], one[:2], strict=True):
         here = with_negatives(data, exports[0], tmp_path / "run", 0, "cpu")
         for source, raw in zip(here.sources, json.loads(answer), strict=True):

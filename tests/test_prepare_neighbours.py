@@ -71,6 +71,30 @@ def test_bundles_hold_documents_of_one_topic(
     assert f"data: {TOPICS} bundles of {OF_A_TOPIC} neighbouring documents\n" in capsys.readouterr().out
 
 
+def test_neighbours_of_texts_without_spaces(model: ModelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Found by pairs of characters; in words (control) no document has a neighbour, which is said."""
+    topics = ["熊猫吃的竹子", "长城防御工程", "云南种植茶叶", "首都北京天安"]
+    texts = [topic + tail for tail in ("甲乙丙", "丁戊己") for topic in topics]
+    folder, key = write(tmp_path / "in", texts), "data.neighbours.language"
+
+    def paired(**more: str) -> int:
+        """Bundles of two documents of one topic."""
+        stage = make_stage(folder, {"by": "bm25", "text": "prose", **more}, size=2)
+        order = bundles(stage, tmp_path / "run", model).reshape(-1, 2)
+        return int((order[:, 0] % len(topics) == order[:, 1] % len(topics)).sum())
+
+    assert paired() == len(topics)
+    said = capsys.readouterr()
+    assert f"BM25 reads the documents as ngrams, by its script and function words; {key} sets another\n" in said.out
+    assert paired(language="ngrams") == len(topics) and "finds nothing" not in said.err + capsys.readouterr().err
+    assert paired(language="none") < len(topics)
+    said = capsys.readouterr()
+    assert "BM25 reads" not in said.out
+    assert said.err.startswith(
+        "warning: BM25 finds nothing for 8 of 8 documents: read as none they share no word with "
+    )
+
+
 def test_neighbours_by_vectors_are_the_nearest_others():
     """By inner product; twins of a document come before it where scores are equal."""
     vectors = np.random.default_rng(2).standard_normal((90, 8)).astype(np.float32)

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+import Stemmer
 from recipe_changes import BUILD, LM_START, MISSING, RECIPES, START_FIX, TINY, changed, problems, write
 
 from toolkit.recipe import load_recipe
@@ -23,6 +24,13 @@ NO_LM_BEFORE = "no language_model stage comes just before; name a hub id or a fo
 FILES, PAIRS, BEIR = {"stdlib": "files"}, {"folder": "p", "format": "pairs"}, {"folder": "b", "format": "beir"}
 NO_PAIRS = "belongs to sources of pairs; remove the key"
 CROPS = {"chunk_tokens": 48, "min_ratio": 0.1, "max_ratio": 0.5, "delete": 0.1}
+CODE_IN_GERMAN = {"bm25_text": "code", "bm25_language": "german"}
+NO_LANGUAGE = 'code is read without a language; leave it out, or set text to "prose"'
+UNKNOWN_LANGUAGE = (
+    "input should be 'none', 'ngrams', "
+    + ", ".join(f"'{name}'" for name in Stemmer.algorithms()[:-1])
+    + f" or '{Stemmer.algorithms()[-1]}'; found \"klingon\""
+)
 BM25, NGRAMS = {"by": "bm25", "text": "code"}, {"ngram": 5, "threshold": 0.5}
 NOT_DEALT = "only documents whose passages are dealt (interleave) have neighbours; remove the key"
 Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
@@ -74,6 +82,25 @@ CROSS = {
     "other words than BM25's": (
         [("stages.1.eval.bm25_text", "code")],
         ["stages.1.eval.bm25_text: differs from the first stage's, with which BM25 is scored; make them equal"],
+    ),
+    "another language than BM25's": (
+        [("stages.1.eval.bm25_language", "german")],
+        ["stages.1.eval.bm25_language: differs from the first stage's, with which BM25 is scored; make them equal"],
+    ),
+    "code in a language": (
+        [
+            *((f"stages.{i}.eval.{key}", value) for i in (0, 1) for key, value in CODE_IN_GERMAN.items()),
+            ("stages.1.data.neighbours", BM25 | {"language": "german"}),
+        ],
+        [
+            f"stages.0.eval.bm25_language: {NO_LANGUAGE}",
+            f"stages.1.data.neighbours.language: {NO_LANGUAGE}",
+            f"stages.1.eval.bm25_language: {NO_LANGUAGE}",
+        ],
+    ),
+    "an unknown language": (
+        [("stages.1.data.neighbours", BM25 | {"text": "prose", "language": "klingon"})],
+        ["stages.1.data.neighbours.language: " + UNKNOWN_LANGUAGE],
     ),
     "evaluated longer than built": (
         [("stages.0.eval.max_tokens", 100_000)],

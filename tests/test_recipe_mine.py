@@ -10,7 +10,7 @@ from toolkit.recipe import Bm25Mine, RetrieverMine, load_recipe
 
 MINE: dict[str, Any] = {"by": "previous", "ranks": [1, 20], "negatives": 3}
 BM25: dict[str, Any] = MINE | {"by": "bm25", "text": "code"}
-NOT_TAKEN = "stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; set it so"
+FINDS = "stages.1.data.negatives: {}, but data.mine finds {} a row; set negatives to {}, or remove mine"
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,43 @@ NOT_TAKEN = "stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; s
                 'stages.0.data.mine.by: there is no stage before the first; write {"by": "bm25", "text": ...}',
             ],
         ),
-        (second("contrastive", data__mine=MINE), [NOT_TAKEN]),
-        (second("contrastive", data__mine=MINE, data__negatives=4), [NOT_TAKEN]),
+        (second("contrastive", data__mine=MINE), [FINDS.format(0, 3, "1 to 3")]),
+        (second("contrastive", data__mine=MINE | {"negatives": 2}), [FINDS.format(0, 2, "1 or 2")]),
+        (second("contrastive", data__mine=MINE | {"negatives": 1}), [FINDS.format(0, 1, "1")]),
+        (
+            second("contrastive", data__mine=MINE, data__negatives=4),
+            [FINDS.format(4, 3, "1 to 3, raise mine.negatives to 4")],
+        ),
         (
             second("contrastive", data__mine=MINE | {"ranks": [4, 5]}, data__negatives=1),
-            ["stages.1.data.mine.ranks: 4 to 5 hold fewer than 3 negatives; widen them"],
+            [
+                "stages.1.data.mine.ranks: 4 to 5 hold 2 passages, but negatives asks for 3; set ranks to 4 and 6 "
+                "or more, or negatives to 2"
+            ],
+        ),
+        (
+            second("contrastive", data__mine=MINE | {"ranks": [5, 4], "negatives": 1}, data__negatives=1),
+            [
+                "stages.1.data.mine.ranks: 5 to 4 hold 0 passages, but negatives asks for 1; set ranks to 5 and 5 "
+                "or more"
+            ],
+        ),
+        (
+            second("contrastive", data__mine=MINE | {"positive": "lowest", "max_score": 0.5}, data__negatives=1),
+            [
+                "stages.1.data.mine.positive: only max_share and margin count from it; set one of them, or leave "
+                "positive out"
+            ],
+        ),
+        (
+            second("contrastive", data__mine=MINE | {"positive": "median", "margin": 0.1}, data__negatives=1),
+            ["stages.1.data.mine.positive: input should be 'lowest', 'mean' or 'highest'; found \"median\""],
+        ),
+        (
+            second("contrastive", data__mine=BM25 | {"language": "german"}, data__negatives=1),
+            [
+                'stages.1.data.mine.language: code is read without a language; leave it out, or set text to "prose"',
+            ],
         ),
         (
             second(
@@ -53,14 +85,35 @@ NOT_TAKEN = "stages.1.data.negatives: of 3 mined negatives a row takes 1 to 3; s
             ["stages.1.data.mine.max_shares: unknown key; did you mean max_share?"],
         ),
     ],
-    ids=["no pairs", "not taken", "too many", "few ranks", "out of range", "unknown by", "no by", "misspelt"],
+    ids=[
+        "no pairs",
+        "not taken",
+        "not taken, two",
+        "not taken, one",
+        "too many",
+        "few ranks",
+        "no ranks",
+        "no limit",
+        "which",
+        "code in German",
+        "out of range",
+        "unknown by",
+        "no by",
+        "misspelt",
+    ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, lines):
     assert problems(tmp_path, changed(*changes)) == lines
 
 
 @pytest.mark.parametrize(
-    ("mine", "kind"), [(MINE | {"ranks": [3, 5], "margin": 0.05}, RetrieverMine), (BM25, Bm25Mine)]
+    ("mine", "kind"),
+    [
+        (MINE | {"ranks": [3, 5], "margin": 0.05, "positive": "lowest"}, RetrieverMine),
+        (MINE | {"positive": "highest"}, RetrieverMine),  # as a resolved recipe writes it
+        (BM25, Bm25Mine),
+        (BM25 | {"text": "prose", "language": "ngrams"}, Bm25Mine),
+    ],
 )
 def test_what_fits_is_let_through(tmp_path, mine, kind):
     recipe = load_recipe(write(tmp_path, changed(*second("contrastive", data__mine=mine, data__negatives=3))))

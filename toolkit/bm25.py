@@ -5,7 +5,6 @@ An index can be kept in a cache folder: its key is the content of the documents 
 
 import hashlib
 import json
-import re
 import shutil
 import sys
 from collections import Counter
@@ -15,18 +14,16 @@ from pathlib import Path
 
 import bm25s
 import numpy as np
-import Stemmer
 
 from toolkit.files import placing_folder, sha256
 from toolkit.search import best
+from toolkit.words import CODE, words_of
 
 # (k1, b): Anserini's defaults, the literature's usual baseline, for prose; for code, whose documents differ more in
 # length, those of bm25s: nDCG@10 0.314 instead of 0.233 on the embedded corpus (dev).
 SETTINGS = {"prose": (0.9, 0.4), "code": (1.5, 0.75)}
 QUERY_WORDS = 32  # of a document that looks for its neighbours
-_WORD = re.compile(r"[^\W_]+")
-_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_LAYOUT = 1  # of a cached index and of the words in it; one more makes older ones unread
+_LAYOUT = 2  # of a cached index and of the words in it; one more makes older ones unread
 _DIGESTS = "digests.json"  # name -> SHA-256 of every other file of a cached index
 
 
@@ -35,7 +32,7 @@ def bm25_top_k(
     queries: list[str],
     k: int,
     *,
-    code: bool,
+    reading: str,
     candidates: list[np.ndarray] | None = None,
     cache: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +41,7 @@ def bm25_top_k(
     Args:
         documents, queries: the texts.
         k: results per query; min(k, n) are returned.
-        code: words split at underscores and changes of case, neither stems nor stop words removed; otherwise English
-            stop words are removed and words stemmed (Snowball).
+        reading: how texts are cut into words, as in toolkit.words.words_of.
         candidates: for each query the indices (int64, rising) of the documents it may find; None: all.
         cache: as in `bm25_index`.
 
@@ -56,10 +52,10 @@ def bm25_top_k(
     Raises:
         ValueError: if no document has a word.
     """
-    index = bm25_index(documents, code=code, cache=cache)
+    index = bm25_index(documents, reading=reading, cache=cache)
     k = min(k, len(documents))
     scores, indices = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
-    for row, found in enumerate(bm25_scores(index, queries, code=code)):
+    for row, found in enumerate(bm25_scores(index, queries, reading=reading)):
         if candidates is not None:
             allowed = np.zeros_like(found)
             allowed[candidates[row]] = found[candidates[row]]
@@ -69,22 +65,22 @@ def bm25_top_k(
     return scores, indices
 
 
-def bm25_index(documents: list[str], *, code: bool, cache: Path | None = None) -> bm25s.BM25:
+def bm25_index(documents: list[str], *, reading: str, cache: Path | None = None) -> bm25s.BM25:
     """The index of some documents: from a cache folder if it is there, else made and, with a cache, kept there.
 
-    Kept as <cache>/bm25_<16 hex digits of the texts in their order, the settings and the libraries' versions>: arrays
-    (npy without pickle) and JSON. A folder of which a file is missing or altered is made anew, never used. Several
-    processes may share a cache.
+    Kept as <cache>/bm25_<16 hex digits of the texts in their order, the reading, the settings and the libraries'
+    versions>: arrays (npy without pickle) and JSON. A folder of which a file is missing or altered is made anew, never
+    used. Several processes may share a cache.
 
     Raises:
         ValueError: if no document has a word. OSError: if the cache cannot be written.
     """
     if cache is None:
-        return _index((code_words if code else prose_words)(documents), code)
-    folder = cache / f"bm25_{_key(documents, code)}"
+        return _index(words_of(documents, reading), reading)
+    folder = cache / f"bm25_{_key(documents, reading)}"
     if _is_whole(folder):
         return bm25s.BM25.load(folder, load_corpus=False, allow_pickle=False)
-    index = bm25_index(documents, code=code)
+    index = bm25_index(documents, reading=reading)
     if _is_whole(folder):  # another process was first; its index may be in use
         return index
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,13 +90,13 @@ def bm25_index(documents: list[str], *, code: bool, cache: Path | None = None) -
     return index
 
 
-def bm25_scores(index: bm25s.BM25, queries: list[str], *, code: bool) -> Iterator[np.ndarray]:
+def bm25_scores(index: bm25s.BM25, queries: list[str], *, reading: str) -> Iterator[np.ndarray]:
     """Of each query the scores of all documents, fp32 [n]; 0 without a word in common."""
-    for words in (code_words if code else prose_words)(queries):
+    for words in words_of(queries, reading):
         yield index.get_scores(words) if words else np.zeros(index.scores["num_docs"], np.float32)
 
 
-def bm25_neighbours(documents: list[str], k: int, *, code: bool) -> np.ndarray:
+def bm25_neighbours(documents: list[str], k: int, *, reading: str) -> np.ndarray:
     """The other documents that BM25 finds for each document's own rarest words, best first.
 
     A query is the document's QUERY_WORDS rarest words of those that another document has too, once each: they carry
@@ -112,8 +108,8 @@ def bm25_neighbours(documents: list[str], k: int, *, code: bool) -> np.ndarray:
     Raises:
         ValueError: if no document has a word.
     """
-    words = (code_words if code else prose_words)(documents)
-    index = _index(words, code)
+    words = words_of(documents, reading)
+    index = _index(words, reading)
     frequency = Counter(word for row in words for word in set(row))
     neighbours = np.full((len(documents), k), -1, np.int32)
     for row, own in enumerate(words):
@@ -126,13 +122,30 @@ def bm25_neighbours(documents: list[str], k: int, *, code: bool) -> np.ndarray:
     return neighbours
 
 
-def _key(documents: list[str], code: bool) -> str:
+def say_language(of: str, reading: str, key: str) -> None:
+    """One line for a language that was detected; `key` sets another."""
+    if reading != CODE:
+        print(f"BM25 reads {of} as {reading}, by its script and function words; {key} sets another", flush=True)
+
+
+def warn_if_nothing_found(of: str, without: int, total: int, reading: str, keys: str) -> None:
+    """One line if more than half of all queries (or documents) share no word with a document; `keys` may change it."""
+    if 2 * without > total:
+        print(
+            f"warning: BM25 finds nothing for {without:,} of {total:,} {of}: read as {reading} they share no word with "
+            f"a document; every comparison with it is void; look at {keys}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _key(documents: list[str], reading: str) -> str:
     """16 hex digits of everything that decides an index."""
     digest = hashlib.sha256()
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
-    kind = "code" if code else "prose"
-    parts = [_LAYOUT, kind, SETTINGS[kind], version("bm25s"), version("PyStemmer"), digest.hexdigest()]
+    versions = [version(package) for package in ("bm25s", "PyStemmer", "regex")]
+    parts = [_LAYOUT, reading, _settings(reading), versions, digest.hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -151,10 +164,14 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _index(words: list[list[str]], code: bool) -> bm25s.BM25:
+def _settings(reading: str) -> tuple[float, float]:
+    return SETTINGS["code" if reading == CODE else "prose"]
+
+
+def _index(words: list[list[str]], reading: str) -> bm25s.BM25:
     if not any(words):
         raise ValueError("no document has a word to search for")
-    k1, b = SETTINGS["code" if code else "prose"]
+    k1, b = _settings(reading)
     index = bm25s.BM25(method="lucene", k1=k1, b=b)
     index.index(words, show_progress=False)
     return index
@@ -164,15 +181,3 @@ def best_found(scores: np.ndarray, k: int) -> np.ndarray:
     """Indices of the largest positive scores, at most k, best first; equal scores are ordered by index."""
     found = np.flatnonzero(scores > 0)
     return found[best(scores[found], k)]
-
-
-def prose_words(texts: list[str]) -> list[list[str]]:
-    """Lower-cased words of two letters or more, English stop words removed, stemmed."""
-    stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)  # pyright: ignore[reportReturnType, reportArgumentType]
-
-
-def code_words(texts: list[str]) -> list[list[str]]:
-    """Lower-cased words of two letters or more, split at underscores and case: HTTPServer_v2 -> http, server, v2."""
-    parts = [[sys.intern(part.lower()) for word in _WORD.findall(text) for part in _CASE.split(word)] for text in texts]
-    return [[part for part in row if len(part) > 1] for row in parts]

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from toolkit.bm25 import warn_if_nothing_found
 from toolkit.collectives import on_rank_zero
 from toolkit.command import exit_code
 from toolkit.data.beir import read_beir_texts
@@ -19,11 +20,11 @@ from toolkit.data.records import read_source
 from toolkit.embed import checkpoint_digest
 from toolkit.files import expanded, replacing_folder
 from toolkit.last_words import end
-from toolkit.mining import bm25_search, digest_of_all, mine, retriever_search, write_mined
+from toolkit.mining import bm25_reading, bm25_search, digest_of_all, mine, retriever_search, write_mined
 from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_negatives import about_bm25, passages_beside
-from toolkit.recipe import EvalSettings, FolderSource, MineSettings, RecipeError
-from toolkit.recipe_checks import ranks_problem
+from toolkit.recipe import Bm25Mine, EvalSettings, FolderSource, MineSettings, RecipeError
+from toolkit.recipe_checks import mine_problems
 from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
 from toolkit.retrievers import load_any
 from toolkit.roll_call import join_ranks
@@ -42,9 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--negatives", required=True, type=int, metavar="N", help="of a row, its own included")
     parser.add_argument("--max-share", type=float, metavar="S", help="highest score, as a share of the positive's")
     parser.add_argument("--margin", type=float, metavar="M", help="lowest difference to the positive's score")
+    positive = "whose score --max-share and --margin count from: lowest, mean or highest of a row (default: highest)"
+    parser.add_argument("--positive", metavar="WHICH", help=positive)
     parser.add_argument("--max-score", type=float, metavar="S", help="highest score")
     parser.add_argument("--seed", required=True, type=int, help="draws the negatives from the ranks")
     parser.add_argument("--text", choices=("prose", "code"), help="what bm25 reads")
+    language = (
+        "of prose, for bm25: a PyStemmer algorithm, none or ngrams (Chinese, Japanese, Thai ...); default: detected"
+    )
+    parser.add_argument("--language", metavar="NAME", help=language)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _run(arguments))
@@ -55,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> None:
     source = _source(arguments.pairs, arguments.split)
     device = join_ranks()
     on_rank_zero(lambda: _check_output(arguments.output))
-    retriever = None
+    retriever, reading = None, ""
     if arguments.what != "bm25":
         retriever = with_settings(load_any(arguments.what, arguments.adapter, changes, device).retriever, changes)
 
@@ -78,8 +85,10 @@ def _run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
     }
     if retriever is None:
-        about["by"] = about_bm25(arguments.text)
-        search = on_every_rank(lambda: bm25_search(rows, code=arguments.text == "code"))
+        assert isinstance(settings, Bm25Mine)
+        reading = bm25_reading(rows, settings, "the pairs", "--language")
+        about["by"] = about_bm25(settings.text, reading)
+        search = on_every_rank(lambda: bm25_search(rows, reading=reading))
     else:
         about["by"] = {
             "retriever": arguments.what,
@@ -91,6 +100,10 @@ def _run(arguments: argparse.Namespace) -> None:
     mined = mine(rows, search, settings, arguments.seed, 0)
 
     def write() -> None:
+        if retriever is None:
+            warn_if_nothing_found(
+                "queries", int((mined.found == 0).sum()), len(mined.found), reading, "--text and --language"
+            )
         with replacing_folder(arguments.output) as work:
             line = write_mined(rows, mined, settings, work, about)
         print(f"{line}\nwritten to {arguments.output}", flush=True)
@@ -101,14 +114,21 @@ def _run(arguments: argparse.Namespace) -> None:
 def _settings(arguments: argparse.Namespace) -> MineSettings:
     if (arguments.what == "bm25") != (arguments.text is not None):
         raise RecipeError("--text says what bm25 reads, prose or code; give it with bm25 and with nothing else")
+    if arguments.language is not None and arguments.what != "bm25":
+        raise RecipeError("--language says in which language bm25 reads; give it with bm25 and with nothing else")
     given = {key: getattr(arguments, key) for key in MineSettings.model_fields}
+    given = {key: value for key, value in given.items() if value is not None}
     try:
-        settings = MineSettings.model_validate(given)
+        if arguments.what == "bm25":
+            of_bm25 = {"by": "bm25", "text": arguments.text, "language": arguments.language}
+            settings = Bm25Mine.model_validate(given | of_bm25)
+        else:
+            settings = MineSettings.model_validate(given)
     except ValidationError as error:
         problems = [(str(one["loc"][0]).replace("_", "-"), one["msg"]) for one in error.errors()]
         raise RecipeError("; ".join(f"--{key}: {what[0].lower()}{what[1:]}" for key, what in problems)) from None
-    if problem := ranks_problem(settings):
-        raise RecipeError(f"--ranks: {problem}")
+    if problems := [f"--{key}: {problem}" for key, problem in mine_problems(settings)]:
+        raise RecipeError("; ".join(problems))
     return settings
 
 

@@ -5,26 +5,30 @@ Called by the command toolkit.mine and, before a stage trains, by prepare_negati
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from toolkit.bm25 import best_found, bm25_index, bm25_scores
+from toolkit.bm25 import best_found, bm25_index, bm25_scores, say_language
 from toolkit.collectives import on_rank_zero, rank, world_size
-from toolkit.data.negatives import MiningRows, eligible, highest_score
+from toolkit.data.negatives import ANCHORS, MiningRows, anchors, eligible, lowest_limit
 from toolkit.data.pair_records import PairRecord
 from toolkit.determinism import generator
 from toolkit.embed import Retriever, embed_texts
 from toolkit.files import sha256
+from toolkit.mining_advice import why_none
 from toolkit.prepare import on_every_rank
-from toolkit.recipe import MineSettings, RecipeError
+from toolkit.recipe import Bm25Mine, MineSettings, RecipeError
 from toolkit.search import top_k
 from toolkit.vectors import gather_rows
+from toolkit.words import reading_of
 
 ROWS, SCORES, RECORD = "pairs.jsonl", "scores.npy", "mined.json"
 _ROWS_AT_ONCE = 1024
+_MANY = 0.1  # share of rows without a negative that is worth a warning
 _SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of the scores in the record
 
 # Numbers of rows and k -> best first: scores fp32 and indices int64 [rows, k], -1 for none; scores of the positives.
@@ -35,8 +39,12 @@ class Mined(NamedTuple):
     """What was found for all rows, the same on every rank."""
 
     negatives: np.ndarray  # int64 [rows, settings.negatives]: indices of passages in the order of ranks, -1 for none
-    scores: np.ndarray  # fp32 [rows, 1 + settings.negatives]: the lowest of the positives, the mined ones; NaN for none
+    scores: np.ndarray  # fp32 [rows, 1 + settings.negatives]: that of settings.positive, the mined ones; NaN for none
     too_high: np.ndarray  # int64 [rows]: passages of the ranks that scored too high
+    positives: np.ndarray  # fp64 [rows, 3]: scores of the positives, in the order of ANCHORS
+    least: np.ndarray  # fp32 [rows]: the lowest score of the ranks; NaN where they hold no passage
+    ranked: np.ndarray  # int64 [rows]: passages that have a rank, as far as was searched
+    found: np.ndarray  # int64 [rows]: these and those that are never mined
 
 
 def retriever_search(retriever: Retriever, rows: MiningRows) -> Search:
@@ -55,16 +63,25 @@ def retriever_search(retriever: Retriever, rows: MiningRows) -> Search:
     return search
 
 
-def bm25_search(rows: MiningRows, *, code: bool) -> Search:
-    """Search by BM25. Raises ValueError if no passage has a word."""
-    index = bm25_index(rows.passages, code=code)
+def bm25_reading(rows: MiningRows, settings: Bm25Mine, of: str, key: str) -> str:
+    """How BM25 reads the rows; rank 0 says in one line what is detected, and that `key` sets another language."""
+    queries = [record.query for record in rows.records]
+    reading = reading_of(settings.text, settings.language, rows.passages, queries)
+    if settings.language is None and rank() == 0:
+        say_language(of, reading, key)
+    return reading
+
+
+def bm25_search(rows: MiningRows, *, reading: str) -> Search:
+    """Search by BM25; see toolkit.words for the reading. Raises ValueError if no passage has a word."""
+    index = bm25_index(rows.passages, reading=reading)
 
     def search(block: range, k: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         k = min(k, len(rows.passages))
         scores, indices = np.zeros((len(block), k), np.float32), np.full((len(block), k), -1, np.int64)
         of_positives = []
         queries = [rows.records[row].query for row in block]
-        for i, found in enumerate(bm25_scores(index, queries, code=code)):
+        for i, found in enumerate(bm25_scores(index, queries, reading=reading)):
             of_positives.append(found[rows.positives[block[i]]])
             chosen = best_found(found, k)
             scores[i, : len(chosen)], indices[i, : len(chosen)] = found[chosen], chosen
@@ -102,20 +119,26 @@ def mine(rows: MiningRows, search: Search, settings: MineSettings, seed: int, so
     own = range(*(len(rows.records) * part // world_size() for part in (rank(), rank() + 1)))
     negatives = np.full((len(own), count), -1, np.int64)
     scores = np.full((len(own), 1 + count), np.nan, np.float32)
-    too_high = np.zeros(len(own), np.int64)
+    too_high, ranked, found = (np.zeros(len(own), np.int64) for _ in range(3))
+    of_positives, least = np.zeros((len(own), len(ANCHORS))), np.full(len(own), np.nan, np.float32)
     for first in range(own.start, own.stop, _ROWS_AT_ONCE):
         block = range(first, min(first + _ROWS_AT_ONCE, own.stop))
-        found = search(block, last + max(len(rows.excluded[row]) for row in block))
-        for row, row_scores, indices, positives in zip(block, *found, strict=True):
+        searched = search(block, last + max(len(rows.excluded[row]) for row in block))
+        for row, row_scores, indices, positives in zip(block, *searched, strict=True):
             i = row - own.start
-            limit = highest_score(positives, settings)
-            places, too_high[i] = eligible(row_scores, indices, rows.excluded[row], limit, settings)
+            of_positives[i] = anchors(positives)
+            positive = of_positives[i, ANCHORS.index(settings.positive)]
+            limit = float(lowest_limit(positive, settings))
+            places, window, ranked[i] = eligible(row_scores, indices, rows.excluded[row], limit, settings)
+            too_high[i], found[i] = len(window) - len(places), (indices >= 0).sum()
+            if len(window):
+                least[i] = row_scores[window[-1]]
             lacking = max(0, count - len(rows.own[row]))
             if len(places) > lacking:
                 places = np.sort(generator("mine", seed, source, row).permutation(places)[:lacking])
             negatives[i, : len(places)] = indices[places]
-            scores[i, 0], scores[i, 1 : 1 + len(places)] = positives.min(), row_scores[places]
-    return Mined(gather_rows(negatives), gather_rows(scores), gather_rows(too_high))
+            scores[i, 0], scores[i, 1 : 1 + len(places)] = positive, row_scores[places]
+    return Mined(*map(gather_rows, (negatives, scores, too_high, of_positives, least, ranked, found)))
 
 
 # --------------------------------------------------------------------------- what is written
@@ -126,7 +149,8 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
 
     pairs.jsonl: query, positives, negatives (the row's own, then the mined ones in the order of their ranks) and weight
     of every row, as a source of format pairs reads them. scores.npy: `Mined.scores`. mined.json: `about`, settings,
-    counts and quantiles of the scores, SHA-256 of pairs.jsonl.
+    counts and quantiles of the scores, SHA-256 of pairs.jsonl. A warning says why, if more than a tenth of the rows
+    have no negative.
 
     Raises:
         ValueError: if rows lack negatives and none was mined.
@@ -148,10 +172,10 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
         "scored_too_high": int(mined.too_high.sum()),
     }
     if not counts["mined"] and counts["rows_with_fewer"]:
-        raise ValueError(
-            f"no row got a negative ({counts['scored_too_high']:,} passages scored too high); widen ranks, raise "
-            "max_share or max_score, or lower margin"
-        )
+        raise ValueError(f"no row got a negative: {_why_none(mined, have < settings.negatives, settings)}")
+    if counts["rows_with_none"] > _MANY * len(have):
+        told = f"{counts['rows_with_none']:,} of {len(have):,} rows have no negative"
+        print(f"warning: {told}: {_why_none(mined, have == 0, settings)}", file=sys.stderr, flush=True)
     record = about | {
         "settings": settings.model_dump(mode="json"),
         "counts": counts,
@@ -164,6 +188,10 @@ def write_mined(rows: MiningRows, mined: Mined, settings: MineSettings, folder: 
         f"{counts['rows_with_fewer']:,} rows have fewer than {settings.negatives}, {counts['rows_with_none']:,} none; "
         f"{counts['scored_too_high']:,} passages scored too high"
     )
+
+
+def _why_none(mined: Mined, rows: np.ndarray, settings: MineSettings) -> str:
+    return why_none(mined.positives[rows], mined.least[rows], mined.too_high[rows], mined.ranked[rows], settings)
 
 
 def check_mined(folder: Path) -> None:

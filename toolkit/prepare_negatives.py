@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from toolkit.bm25 import SETTINGS
+from toolkit.bm25 import SETTINGS, warn_if_nothing_found
 from toolkit.data.beir import read_beir_texts
 from toolkit.data.faults import Skipped, keep_skipped, say_skipped, skipping
 from toolkit.data.negatives import MiningRows, known_positives, mining_rows
@@ -20,13 +20,25 @@ from toolkit.data.pair_records import PairSource, pair_files
 from toolkit.embed import Retriever
 from toolkit.export import load_export, read_record
 from toolkit.files import replacing_folder
-from toolkit.mining import Mined, Search, bm25_search, check_mined, digest_of_all, mine, retriever_search, write_mined
+from toolkit.mining import (
+    Mined,
+    Search,
+    bm25_reading,
+    bm25_search,
+    check_mined,
+    digest_of_all,
+    mine,
+    retriever_search,
+    write_mined,
+)
 from toolkit.prepare import on_every_rank, together
 from toolkit.prepare_pairs import limited_pairs
 from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import Bm25Mine, Data, Fields, FolderSource, Mine, RecipeError, RetrieverMine, source_name
+from toolkit.words import CODE
 
-_LAYOUT = 1  # of what is kept; one more makes older folders unread
+_HOW_BM25_READS = "data.mine.text and data.mine.language"
+_LAYOUT = 2  # of what is kept; one more makes older folders unread
 
 
 def with_negatives(data: Data, previous: Path | None, run: Path, seed: int, device: torch.device | str) -> Data:
@@ -93,15 +105,16 @@ def _key(data: Data, contents: list[str], previous: Path | None, seed: int) -> s
 
 def _searcher(settings: Mine, previous: Path | None) -> dict[str, Any]:
     if isinstance(settings, Bm25Mine):
-        return about_bm25(settings.text)
+        return about_bm25(settings.text, settings.language)
     assert previous is not None
     return about_export(previous)
 
 
-def about_bm25(text: Literal["prose", "code"]) -> dict[str, Any]:
-    """What decides the scores of BM25."""
-    versions = {package: version(package) for package in ("bm25s", "PyStemmer")}
-    return {"bm25": text, "k1_b": list(SETTINGS[text]), "versions": versions}
+def about_bm25(text: Literal["prose", "code"], reading: str | None) -> dict[str, Any]:
+    """What decides the scores of BM25; `reading`: as the passages are read, None if that is still to be detected."""
+    versions = {package: version(package) for package in ("bm25s", "PyStemmer", "regex")}
+    language = None if text == CODE else reading
+    return {"bm25": text, "language": language, "k1_b": list(SETTINGS[text]), "versions": versions}
 
 
 def about_export(folder: Path) -> dict[str, Any]:
@@ -129,6 +142,7 @@ def _mine_all(
         assert previous is not None  # the recipe demands it
         retriever = on_every_rank(lambda: load_export(previous, device))
     results: list[tuple[MiningRows, Mined, dict[str, Any]]] = []
+    readings: list[str] = []  # of BM25, a source each
     for number, (source, records) in enumerate(zip(data.sources, every, strict=True)):
         if not records:
             raise RecipeError(f"data.sources.{number}: holds no pair; name a source that holds some")
@@ -136,13 +150,23 @@ def _mine_all(
             lambda source=source, records=records: mining_rows(records, passages_beside(source, skipping(data)), known)
         )
         about = {"source": source_name(source), "texts": digest_of_all(rows), "seed": seed}
-        results.append((rows, mine(rows, _search(settings, rows, retriever, source), settings, seed, number), about))
+        if isinstance(settings, Bm25Mine):
+            readings.append(bm25_reading(rows, settings, f"data.sources.{number}", "data.mine.language"))
+            about["by"] = about_bm25(settings.text, readings[number])
+            search = on_every_rank(lambda rows=rows, number=number: bm25_search(rows, reading=readings[number]))
+        else:
+            assert retriever is not None
+            about["by"] = _searcher(settings, previous)
+            search = _retriever_search(rows, retriever, source)
+        results.append((rows, mine(rows, search, settings, seed, number), about))
 
     def write() -> None:
         with replacing_folder(folder) as work:
             for number, (rows, mined, about) in enumerate(results):
                 (work / str(number)).mkdir()
-                about["by"] = _searcher(settings, previous)
+                if readings:
+                    of, without = f"queries of data.sources.{number}", int((mined.found == 0).sum())
+                    warn_if_nothing_found(of, without, len(mined.found), readings[number], _HOW_BM25_READS)
                 try:
                     line = write_mined(rows, mined, settings, work / str(number), about)
                 except ValueError as error:
@@ -154,10 +178,7 @@ def _mine_all(
     together(write)
 
 
-def _search(settings: Mine, rows: MiningRows, retriever: Retriever | None, source: PairSource) -> Search:
-    if isinstance(settings, Bm25Mine):
-        return on_every_rank(lambda: bm25_search(rows, code=settings.text == "code"))
-    assert retriever is not None
+def _retriever_search(rows: MiningRows, retriever: Retriever, source: PairSource) -> Search:
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     own = {key: prefix for key, prefix in prefixes.items() if prefix is not None}
     return retriever_search(retriever._replace(settings=retriever.settings.model_copy(update=own)), rows)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from toolkit.bm25 import bm25_neighbours
+from toolkit.bm25 import bm25_neighbours, say_language, warn_if_nothing_found
 from toolkit.collectives import on_rank_zero
 from toolkit.data.bundles import bundle
 from toolkit.data.spans import PassageStore, document_places
@@ -21,6 +21,7 @@ from toolkit.models.backbone import DTYPES
 from toolkit.prepare import ModelSource, on_every_rank, open_everywhere, together
 from toolkit.recipe import Bm25Neighbours, RecipeError, Stage
 from toolkit.search import top_k
+from toolkit.words import reading_of
 
 NEIGHBOURS = 32  # looked at for each document, then those of its neighbours
 WORDS = 256  # of a document that BM25 reads, more or less: whole passages, until there are so many
@@ -46,8 +47,8 @@ def prepare_bundles(
         data, size = stage.data, stage.data.interleave
         assert data.neighbours is not None and size is not None  # the recipe demands them
         if isinstance(data.neighbours, Bm25Neighbours):
-            code = data.neighbours.text == "code"
-            together(lambda: _write(folder, _by_bm25(store, code), size))
+            settings = data.neighbours
+            together(lambda: _write(folder, _by_bm25(store, settings), size))
         else:
             vectors = _embedded(stage, store, retriever, device)
             together(lambda: _write(folder, _by_vectors(vectors), size))
@@ -73,13 +74,19 @@ def _content(model: ModelSource) -> list[list[str]]:
     return found
 
 
-def _by_bm25(store: PassageStore, code: bool) -> np.ndarray:
+def _by_bm25(store: PassageStore, settings: Bm25Neighbours) -> np.ndarray:
     first, length = document_places(store.document)
     heads = [_head(store, int(start), int(count)) for start, count in zip(first, length, strict=True)]
+    reading = reading_of(settings.text, settings.language, heads, [])
+    if settings.language is None:
+        say_language("the documents", reading, "data.neighbours.language")
     try:
-        return bm25_neighbours(heads, NEIGHBOURS, code=code)
+        found = bm25_neighbours(heads, NEIGHBOURS, reading=reading)
     except ValueError as error:
         raise RecipeError(f'data.neighbours: {error}; choose other data, another "text" or null') from None
+    keys = "data.neighbours.text and data.neighbours.language"
+    warn_if_nothing_found("documents", int((found < 0).all(1).sum()), len(found), reading, keys)
+    return found
 
 
 def _head(store: PassageStore, start: int, count: int) -> str:

@@ -409,7 +409,23 @@ class Crops(Section):
 
 Bm25Text = Annotated[
     Literal["prose", "code"],
-    Field(description="prose: English stop words removed, words stemmed; code: words split at underscores and case."),
+    Field(description="prose: words of a language; code: names split at underscores and case."),
+]
+# none, ngrams, and PyStemmer's algorithms.
+_Language = Literal[
+    "none", "ngrams", "arabic", "armenian", "basque", "catalan", "czech", "danish", "dutch", "dutch_porter", "english",
+    "esperanto", "estonian", "finnish", "french", "german", "greek", "hindi", "hungarian", "indonesian", "irish",
+    "italian", "lithuanian", "nepali", "norwegian", "persian", "polish", "porter", "portuguese", "romanian", "russian",
+    "serbian", "sesotho", "spanish", "swedish", "tamil", "turkish", "yiddish",
+]  # fmt: skip
+Bm25Language = Annotated[
+    _Language | None,
+    Field(
+        description="Language of prose: words stemmed as PyStemmer's algorithm of this name does, stop words left out "
+        "where bm25s has a list; none: words as they are; ngrams: pairs of characters of Chinese, Japanese, Korean, "
+        "Thai, Lao, Khmer and Burmese, whole words else. null: found by script and function words, per collection; "
+        "English for Latin script unless another language is certain."
+    ),
 ]
 
 
@@ -418,6 +434,7 @@ class Bm25Neighbours(Section):
 
     by: Literal["bm25"]
     text: Bm25Text
+    language: Bm25Language = None
 
 
 class EmbeddingNeighbours(Section):
@@ -449,12 +466,19 @@ class MineSettings(Section):
     )
     max_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Leave out passages that score above this share of the row's positives' lowest score "
-        "(NV-Retriever, 2407.15831: 0.95); null: none.",
+        description="Leave out passages that score above this share of the positive's score (NV-Retriever, 2407.15831: "
+        "0.95); null: none.",
     )
     margin: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Leave out passages that score less than this below the row's positives' lowest score; null: none.",
+        description="Leave out passages that score less than this below the positive's score; null: none.",
+    )
+    positive: Literal["lowest", "mean", "highest"] = Field(
+        "highest",
+        description="Which of a row's positives max_share and margin count from. NV-Retriever (2407.15831) sets its "
+        "limit for a pair of query and positive; of a row's pairs together all passages are allowed that its highest "
+        "positive allows. lowest, as sentence-transformers and NeMo take it for a query: no negative scores above any "
+        "positive, but one that scores low takes all negatives from its row.",
     )
     max_score: float | None = Field(None, description="Leave out passages that score above this; null: none.")
 
@@ -464,6 +488,7 @@ class Bm25Mine(MineSettings):
 
     by: Literal["bm25"]
     text: Bm25Text
+    language: Bm25Language = None
 
 
 class RetrieverMine(MineSettings):
@@ -625,9 +650,10 @@ class EvalSettings(Section):
     )
     bm25_text: Literal["prose", "code"] | None = Field(
         None,
-        description="How BM25 reads: words stemmed, stop words left out; or split at underscores and case. null: code "
-        "for the embedded corpus, else prose.",
+        description="How BM25 reads: words of a language, or names split at underscores and case. null: code for the "
+        "embedded corpus, else prose.",
     )
+    bm25_language: Bm25Language = None
     vectors_dtype: Literal["fp32", "fp16"] = Field(
         "fp32", description="Number format of the documents' vectors on disk; fp16 takes half of it."
     )

@@ -6,6 +6,8 @@ from typing import Any
 
 from toolkit.recipe import (
     START_FIX,
+    Bm25Mine,
+    Bm25Neighbours,
     BuildStart,
     ContrastiveObjective,
     Data,
@@ -35,6 +37,8 @@ NEEDED_DATA = {
     "recontriever": {"documents"},
 }
 
+_CODE_HAS_NONE = 'code is read without a language; leave it out, or set text to "prose"'
+
 
 def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(path, problem and fix) of everything that one key alone cannot show."""
@@ -60,9 +64,11 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{at}.lora", "language_model trains all parameters; set lora to null"
         if stage.optim.warmup_steps > stage.optim.steps:
             yield f"{at}.optim.warmup_steps", f"is above steps ({stage.optim.steps}); lower it"
-        for key in ("identical_ids", "bm25_text"):
+        for key in ("identical_ids", "bm25_text", "bm25_language"):
             if getattr(stage.eval, key) != getattr(recipe.stages[0].eval, key):
                 yield f"{at}.eval.{key}", "differs from the first stage's, with which BM25 is scored; make them equal"
+        if stage.eval.bm25_text == "code" and stage.eval.bm25_language is not None:
+            yield f"{at}.eval.bm25_language", _CODE_HAS_NONE
         yield from _check_stop(f"{at}.eval.stop_if_worse", stage, before)
         for number, suite in enumerate(stage.eval.suites):
             if suite.startswith("stdlib") and suite not in ("stdlib:dev", "stdlib:test"):
@@ -159,6 +165,8 @@ def _check_neighbours(at: str, stage: Stage, dealt: bool) -> Iterator[tuple[str,
         yield f"{at}.interleave", "a bundle of neighbours has two documents or more; raise it, or remove neighbours"
     elif isinstance(data.neighbours, EmbeddingNeighbours) and method != "revela":
         yield f"{at}.neighbours", f'{method} starts from no retriever; write {{"by": "bm25", "text": ...}} or null'
+    if isinstance(data.neighbours, Bm25Neighbours) and data.neighbours.text == "code" and data.neighbours.language:
+        yield f"{at}.neighbours.language", _CODE_HAS_NONE
     if data.near_duplicates is not None and method != "revela":
         yield f"{at}.near_duplicates", f"passages do not read one another in {method}; remove the key"
 
@@ -215,19 +223,34 @@ def _check_mine(at: str, data: Data, before: Stage | None) -> Iterator[tuple[str
     mine = data.mine
     if mine is None:
         return
-    if problem := ranks_problem(mine):
-        yield f"{at}.mine.ranks", problem
+    for key, problem in mine_problems(mine):
+        yield f"{at}.mine.{key}", problem
     if isinstance(mine, RetrieverMine) and before is None:
         yield f"{at}.mine.by", 'there is no stage before the first; write {"by": "bm25", "text": ...}'
     if not 0 < data.negatives <= mine.negatives:
-        yield f"{at}.negatives", f"of {mine.negatives} mined negatives a row takes 1 to {mine.negatives}; set it so"
+        most = mine.negatives
+        fix = f"set negatives to {'1' if most == 1 else f'1 or {most}' if most == 2 else f'1 to {most}'}"
+        if data.negatives > most:
+            fix += f", raise mine.negatives to {data.negatives}"
+        yield f"{at}.negatives", f"{data.negatives}, but data.mine finds {most} a row; {fix}, or remove mine"
 
 
-def ranks_problem(mine: MineSettings) -> str:
-    """What is wrong with the ranks that hard negatives come from; empty if nothing is."""
+def mine_problems(mine: MineSettings) -> Iterator[tuple[str, str]]:
+    """(key, problem and fix) of what does not fit together in the settings of mining."""
     first, last = mine.ranks
-    short = last - first + 1 < mine.negatives
-    return f"{first} to {last} hold fewer than {mine.negatives} negatives; widen them" if short else ""
+    if last - first + 1 < mine.negatives:
+        held = max(0, last - first + 1)
+        fix = f"set ranks to {first} and {first + mine.negatives - 1} or more" + (
+            f", or negatives to {held}" * (held > 0)
+        )
+        yield (
+            "ranks",
+            f"{first} to {last} hold {held} passages, but negatives asks for {mine.negatives}; {fix}",
+        )
+    if mine.positive != "highest" and mine.max_share is None and mine.margin is None:
+        yield "positive", "only max_share and margin count from it; set one of them, or leave positive out"
+    if isinstance(mine, Bm25Mine) and mine.text == "code" and mine.language is not None:
+        yield "language", _CODE_HAS_NONE
 
 
 def _check_decay(at: str, decay: TemperatureDecay, steps: int) -> Iterator[tuple[str, str]]:

@@ -47,7 +47,7 @@ def settings_from_flags(arguments: argparse.Namespace, **others: Any) -> EvalSet
 
 def check_bm25_flags(others: object, changes: EvalSettings) -> None:
     """Raise RecipeError if bm25 is given settings of a retriever, or `others` (None: not given)."""
-    of_models = changes.model_dump(exclude_defaults=True, exclude={"identical_ids", "bm25_text"})
+    of_models = changes.model_dump(exclude_defaults=True, exclude={"identical_ids", "bm25_text", "bm25_language"})
     if others is not None or of_models:
         raise RecipeError("bm25 has no adapter, prefixes, length, pooling, normalisation or vectors; drop their flags")
 

@@ -99,6 +99,22 @@ def reason_after(stage: Path, run: Path, **gains: float) -> str:
     return reason_to_stop(recipe_with("bm25"), 1, run)
 
 
+def test_a_bm25_that_finds_nothing_is_no_silent_bar(tmp_path: Path, capsys) -> None:
+    """No stage is worse than nothing: the run goes on, and says again what its comparison is worth."""
+    stage, metrics = tmp_path / "stage_1_revela", tmp_path / "bm25" / "eval" / "metrics.json"
+    write_scores(tmp_path / "bm25", {name: values * 0 for name, values in BASE.items()})
+    assert reason_after(stage, tmp_path) == ""
+    (stage / "done.json").write_text("{}")
+    for lost, warned in ((QUERIES // 2, []), (QUERIES // 2 + 1, ["b"])):
+        system = {"languages": {"a": "english", "b": "english"}, "queries_without_documents": {"a": 3, "b": lost}}
+        metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"system": system}))
+        assert reason_after(stage, tmp_path) == ""
+        said = capsys.readouterr().err.splitlines()
+        assert [line.startswith("warning: BM25 finds nothing for 21 of 40 queries of b: ") for line in said] == [
+            True for _ in warned
+        ]
+
+
 def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
     write_scores(tmp_path / "bm25", {"other": BASE["a"]})
     write_scores(tmp_path / "stage_1_revela", BASE)

@@ -13,6 +13,8 @@ import numpy as np
 from toolkit.data.pair_records import PairRecord
 from toolkit.recipe import MineSettings
 
+ANCHORS = ("lowest", "mean", "highest")  # the values of MineSettings.positive
+
 
 class MiningRows(NamedTuple):
     """Rows of one source and the passages that are searched for them."""
@@ -68,23 +70,39 @@ def mining_rows(records: list[PairRecord], corpus: Iterable[str], known: dict[st
     return MiningRows(records, passages, positives, own, excluded)
 
 
-def highest_score(positives: np.ndarray, settings: MineSettings) -> float:
-    """The score above which a passage is left out: `max_score`, and below every positive by a margin and by its share.
+def anchors(positives: np.ndarray) -> np.ndarray:
+    """The scores that limits may count from, in the order of ANCHORS: fp64 [3], of the scores of a row's positives."""
+    scores = positives.astype(np.float64)
+    return np.array([scores.min(), scores.mean(), scores.max()])
 
-    With s the lowest score of the positives these are s - margin and s - (1 - max_share) |s|: "TopK-MarginPos" and
+
+def limits(positive: np.ndarray, settings: MineSettings) -> dict[str, np.ndarray]:
+    """Key -> the score above which it leaves a passage out, fp64 [...]; of the keys that are set.
+
+    With s the score of the positive these are s - margin and s - (1 - max_share) |s|: "TopK-MarginPos" and
     "TopK-PercPos" of NV-Retriever (2407.15831, section 3), the latter for a score below zero as far below it.
+
+    Args:
+        positive: scores of one positive a row, fp64 [...].
     """
-    limits, lowest = [np.inf] if settings.max_score is None else [settings.max_score], float(positives.min())
+    found = {}
+    if settings.max_score is not None:
+        found["max_score"] = np.full_like(positive, settings.max_score)
     if settings.margin is not None:
-        limits.append(lowest - settings.margin)
+        found["margin"] = positive - settings.margin
     if settings.max_share is not None:
-        limits.append(lowest - (1 - settings.max_share) * abs(lowest))
-    return min(limits)
+        found["max_share"] = positive - (1 - settings.max_share) * np.abs(positive)
+    return found
+
+
+def lowest_limit(positive: np.ndarray, settings: MineSettings) -> np.ndarray:
+    """The score above which a passage is left out: fp64 [...], infinite where no limit is set."""
+    return np.minimum.reduce([np.full_like(positive, np.inf), *limits(positive, settings).values()])
 
 
 def eligible(
     scores: np.ndarray, indices: np.ndarray, excluded: np.ndarray, highest: float, settings: MineSettings
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Which places of a ranking may be hard negatives.
 
     Args:
@@ -93,10 +111,9 @@ def eligible(
         highest: the highest score that is allowed.
 
     Returns:
-        places int64 in `settings.ranks`, rising; and how many places of those ranks score too high.
+        places int64 in `settings.ranks`, rising; all places of those ranks; and how many places have a rank.
     """
     ranked = np.flatnonzero((indices >= 0) & ~np.isin(indices, excluded))
     first, last = settings.ranks
     window = ranked[first - 1 : last]
-    allowed = scores[window] <= highest
-    return window[allowed], int((~allowed).sum())
+    return window[scores[window] <= highest], window, len(ranked)
