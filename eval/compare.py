@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eval.results import title
 from eval.significance import Comparison, compare, holm
 from eval.tables import console, print_table
 from toolkit.recipe import RecipeError
 
 SEED = 0  # of the resampling: the same results give the same figures
-TITLES = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100", "mrr_at_10": "MRR@10"}
 HEADER = ("difference [95 %]", "p", "p Holm", "+/=/-", "detectable")
 FOOTNOTE = (
     "difference: of the collection's main score, paired over its queries, with a 95 % percentile bootstrap interval; "
@@ -125,11 +125,6 @@ def print_comparisons(result: Path, others: list[Path]) -> None:
                 f"not compared (scored by one of the two, or a single query): {', '.join(left_out)}", markup=False
             )
     console().print(FOOTNOTE, markup=False, highlight=False)
-
-
-def title(score: str) -> str:
-    """A score as readers know it."""
-    return TITLES.get(score, score)
 
 
 def change_cells(row: Compared) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
 from eval.folders import choose_split, files_digest, is_hub_layout, local_task
 from eval.scores import K_VALUES, MEASURES
 from eval.suites import STDLIB, SUITES, Group
-from eval.tasks import MtebTask, Task
+from eval.tasks import MtebTask, Official, Task
 from toolkit.collectives import rank
 from toolkit.data.beir import HIGHEST_GRADE, beir_rows, beir_splits, check_id, read_judgements, titled
 from toolkit.data.records import Collection
@@ -180,6 +180,7 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
                 ignore_identical_ids=task.ignore_identical_ids,
                 candidates=data["top_ranked"],
                 task_type=info.type,
+                official=Official(info.main_score, len(task.hf_subsets) * len(task.eval_splits)),
             )
     task.unload_data()
 

@@ -8,6 +8,13 @@ import numpy as np
 from toolkit.data.records import Collection
 
 
+class Official(NamedTuple):
+    """What mteb knows of its task that a collection is (a part of)."""
+
+    main_score: str  # of the task in mteb; a suite may report another one
+    parts: int  # subsets times splits, each a collection
+
+
 class Task(NamedTuple):
     """A collection and how it is scored."""
 
@@ -27,6 +34,7 @@ class Task(NamedTuple):
     answers: dict[str, list[str]] | None = None  # query id -> what a passage must hold (open question answering)
     body_starts: np.ndarray | None = None  # with answers: length of the title before each document's text
     task_type: str = "Retrieval"
+    official: Official | None = None  # None: a collection that is no task of mteb
     group: str = ""  # the mean that it counts in, as (a part of) `member`
     member: str = ""
 

@@ -31,7 +31,8 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
     Raises:
         RecipeError, ValueError: if the scores to compare are not there, or are of different data.
     """
-    from eval.compare import compare_systems, interval, p_text, read_system, title
+    from eval.compare import compare_systems, interval, p_text, read_system
+    from eval.results import title
     from toolkit.training.loop import stage_folder
 
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
