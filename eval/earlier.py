@@ -58,7 +58,13 @@ def data_digest(task: Task) -> str:
     """16 hex digits of all of a collection that its scores depend on."""
     how = [task.task_name, task.subset, task.split, task.ignore_identical_ids, task.code, task.task_type]
     starts = None if task.body_starts is None else task.body_starts.tolist()
-    more = {"candidates": task.candidates or {}, "answers": task.answers or {}, "starts": starts, "how": how}
+    more = {
+        "candidates": task.candidates or {},
+        "excluded": task.excluded or {},
+        "answers": task.answers or {},
+        "starts": starts,
+        "how": how,
+    }
     return content_digest(task.collection, more)
 
 

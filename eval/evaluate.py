@@ -29,7 +29,7 @@ from toolkit.search import search, search_among
 from toolkit.vectors import Store, adopt, discard, gather_rows, leave
 
 Ranking = tuple[np.ndarray, np.ndarray]  # scores fp32 [q, k], indices of documents int64 [q, k], -1 for none
-RankDocuments = Callable[[Task, list[str], slice, list[np.ndarray] | None], Ranking]
+RankDocuments = Callable[[Task, list[str], slice, list[np.ndarray] | None, int], Ranking]  # the last: how many
 
 
 def evaluate(
@@ -74,14 +74,16 @@ def evaluate(
     store = Store(vectors or folder / "vectors", checkpoint, changes.vectors_dtype)
     on_rank_zero(lambda: adopt(store, folder / "vectors"))
 
-    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
+    def rank_documents(
+        task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int
+    ) -> Ranking:
         prompted = for_task(retriever, changes, task.task_name, task.task_type)
         documents = encode(prompted, task.collection.documents, "passage", store, may_collapse)
         exact = store._replace(dtype="fp32")  # they are few; documents alone may be kept in less
         queries = encode(prompted, task.collection.queries, "query", exact, may_collapse).array()
         if candidates is not None:
-            return search_among(queries[own], documents, candidates, DEPTH)
-        scores, indices = search(queries, documents, DEPTH)
+            return search_among(queries[own], documents, candidates, k)
+        scores, indices = search(queries, documents, k)
         return scores[own], indices[own]
 
     system = {
@@ -115,7 +117,9 @@ def evaluate_bm25(
     """
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
 
-    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
+    def rank_documents(
+        task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int
+    ) -> Ranking:
         def keep_index() -> None:
             bm25.bm25_index(texts, code=task.code, cache=cache)
 
@@ -123,7 +127,7 @@ def evaluate_bm25(
             together(keep_index)
         queries = list(task.collection.queries.values())[own]
         return on_every_rank(
-            lambda: bm25.bm25_top_k(texts, queries, DEPTH, code=task.code, candidates=candidates, cache=cache)
+            lambda: bm25.bm25_top_k(texts, queries, k, code=task.code, candidates=candidates, cache=cache)
         )
 
     system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
@@ -172,7 +176,6 @@ def _evaluate(
 
 def _suites(suites: list[str]) -> list[Iterator[Task | MtebTask]]:
     """The collections of each suite, to be read one after another; all names are checked before the first."""
-
     return on_every_rank(lambda: [iter(load_suite(name)) for name in suites])
 
 
@@ -208,8 +211,11 @@ def _score(task: Task, rank_documents: RankDocuments) -> Result:
     query_ids, document_ids = list(queries), list(documents)
     own = slice(*(len(query_ids) * part // world_size() for part in (rank(), rank() + 1)))
     texts = list(documents.values())
-    scores, indices = rank_documents(task, texts, own, _candidates(task, query_ids[own]))
-    scores, indices = gather_rows(scores), gather_rows(indices)
+    candidates, excluded = _candidates(task, query_ids[own]), _excluded(task)
+    deeper = 0 if candidates is not None else max(map(len, excluded.values()), default=0)  # what they take away
+    scores, indices = rank_documents(task, texts, own, candidates, DEPTH + deeper)
+    _take_out(scores, indices, [excluded.get(query) for query in query_ids[own]])
+    scores, indices = gather_rows(scores[:, :DEPTH]), gather_rows(indices[:, :DEPTH])
     run = as_run(query_ids, document_ids, scores, indices)
     dropped = 0
     if task.ignore_identical_ids:
@@ -245,5 +251,26 @@ def _candidates(task: Task, query_ids: list[str]) -> list[np.ndarray] | None:
     if task.candidates is None:
         return None
     place = {document: i for i, document in enumerate(task.collection.documents)}
+    excluded = _excluded(task)
     found = ({place[d] for d in task.candidates.get(query, []) if d in place} for query in query_ids)
-    return [np.array(sorted(numbers), np.int64) for numbers in found]
+    own = (np.array(sorted(numbers), np.int64) for numbers in found)
+    return [numbers[~np.isin(numbers, excluded.get(q, []))] for q, numbers in zip(query_ids, own, strict=True)]
+
+
+def _excluded(task: Task) -> dict[str, list[int]]:
+    """Query -> indices of the documents that it must not find, for those queries that have some."""
+    if task.excluded is None:
+        return {}
+    place = {document: i for i, document in enumerate(task.collection.documents)}
+    found = {query: [place[d] for d in documents if d in place] for query, documents in task.excluded.items()}
+    return {query: numbers for query, numbers in found.items() if numbers}
+
+
+def _take_out(scores: np.ndarray, indices: np.ndarray, excluded: list[list[int] | None]) -> None:
+    """Take documents out of rankings in place; those behind them move up, and the last places hold none."""
+    for row, numbers in enumerate(excluded):
+        if numbers is not None:
+            stays = ~np.isin(indices[row], numbers)
+            count = int(stays.sum())
+            for ranking, none in ((scores, 0), (indices, -1)):
+                ranking[row, :count], ranking[row, count:] = ranking[row, stays], none

@@ -74,7 +74,7 @@ class Progress:
             on_rank_zero(lambda: write_mteb_task(self._folder, self._scored, parts))
         self._write(finished=False)
         if rank() == 0:
-            self._say(name, task.main_score, result.shown[task.main_score], result.seconds, written.about["data"])
+            self._say(name, task.main_score, result.shown[task.main_score], result.seconds, written.about)
         return result
 
     # ------------------------------------------------------------------ tasks that mteb scores
@@ -101,7 +101,7 @@ class Progress:
         on_rank_zero(write)
         self._write(finished=False)
         for name, result in found.items() if rank() == 0 else ():
-            self._say(name, result.main_score, result.shown[result.main_score], result.seconds, None)
+            self._say(name, result.main_score, result.shown[result.main_score], result.seconds, {})
 
     def main_scores_of(self, task: MtebTask) -> dict[str, str]:
         """Collection -> main score of a task that is among the results."""
@@ -146,11 +146,12 @@ class Progress:
             remove_other(self._folder)
             self._other = False
 
-    def _say(self, name: str, key: str, score: float, seconds: float, data: str | None) -> None:
+    def _say(self, name: str, key: str, score: float, seconds: float, about: dict[str, Any]) -> None:
         beside = self._beside.get(name, {})
         line = f"{name}: {'BM25 ' if self._record['system']['kind'] == 'bm25' else ''}{title(key)} {score:.4f}"
-        if data is not None and beside.get("data") == data and key in beside:
+        if key in beside and beside.get("data") == about.get("data"):
             line += f", BM25 {beside[key]:.4f}, difference {score - beside[key]:+.4f}"
+        line += "".join(f", {about[what]:,} {what}" for what in ("excluded", "candidates") if what in about)
         print(f"{line}, {seconds:,.1f} s", flush=True)
 
     def _say_found(self, name: str) -> None:
@@ -174,4 +175,4 @@ def _same_task(task: Task, other: Task) -> bool:
 
 def _without_texts(task: Task) -> Task:
     collection = Collection(task.collection.name, {}, {}, {})
-    return task._replace(collection=collection, candidates=None, answers=None, body_starts=None)
+    return task._replace(collection=collection, candidates=None, excluded=None, answers=None, body_starts=None)

@@ -161,6 +161,18 @@ def _describe(result: Result) -> dict[str, Any]:
         "bm25_words": "code" if task.code else "prose",
         "revision": task.revision,
         "seconds": round(result.seconds, 3),
+        **_limits(task),
+    }
+
+
+def _limits(task: Task) -> dict[str, int]:
+    """How many documents its queries must not find, and may find, where a collection says so."""
+    given = {"excluded": task.excluded, "candidates": task.candidates}
+    documents = task.collection.documents
+    return {
+        key: sum(document in documents for query in task.collection.queries for document in pairs.get(query, []))
+        for key, pairs in given.items()
+        if pairs is not None
     }
 
 

@@ -31,6 +31,7 @@ class Task(NamedTuple):
         False  # drop the document whose id equals the query's (mteb: off unless the task says so)
     )
     candidates: dict[str, list[str]] | None = None  # query id -> the documents it may find; None: all
+    excluded: dict[str, list[str]] | None = None  # query id -> the documents that it must not find
     answers: dict[str, list[str]] | None = None  # query id -> what a passage must hold (open question answering)
     body_starts: np.ndarray | None = None  # with answers: length of the title before each document's text
     task_type: str = "Retrieval"
