@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eval.results import title
 from eval.significance import Comparison, compare, holm
 from eval.tables import console, print_table
 from toolkit.recipe import RecipeError
 
 SEED = 0  # of the resampling: the same results give the same figures
-TITLES = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100", "mrr_at_10": "MRR@10"}
 HEADER = ("difference [95 %]", "p", "p Holm", "+/=/-", "detectable")
 FOOTNOTE = (
     "difference: of the collection's main score, paired over its queries, with a 95 % percentile bootstrap interval; "
@@ -32,6 +32,7 @@ class System(NamedTuple):
     metrics: dict[str, dict[str, Any]]  # collection -> its row of metrics.json
     per_query: dict[str, dict[str, dict[str, float]]]  # collection -> metric -> query id -> score
     groups: dict[str, dict[str, float]]  # group of collections -> score -> mean over its members
+    finished: bool = True  # False: of an evaluation that goes on, or was killed; further collections are missing
 
     def main_scores(self, collection: str) -> dict[str, float]:
         """Query id -> the collection's main score; empty where there is none by query."""
@@ -55,7 +56,8 @@ def read_system(folder: Path, label: str) -> System:
         metrics, per_query = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("metrics.json", "per_query.json")
         )
-        return System(label, folder, metrics["collections"], per_query, metrics.get("groups", {}))
+        groups, finished = metrics.get("groups", {}), metrics.get("finished", True)
+        return System(label, folder, metrics["collections"], per_query, groups, finished)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(
@@ -124,12 +126,10 @@ def print_comparisons(result: Path, others: list[Path]) -> None:
             console().print(
                 f"not compared (scored by one of the two, or a single query): {', '.join(left_out)}", markup=False
             )
+    for system in (after, *(other for other, _ in found)):
+        if not system.finished:
+            console().print(f"{system.label}: unfinished, collections are missing", markup=False)
     console().print(FOOTNOTE, markup=False, highlight=False)
-
-
-def title(score: str) -> str:
-    """A score as readers know it."""
-    return TITLES.get(score, score)
 
 
 def change_cells(row: Compared) -> tuple[str, ...]:

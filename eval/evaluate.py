@@ -7,13 +7,15 @@ functions, rank 0 writes.
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eval.answers import accuracies
 from eval.mteb_encoder import score_by_mteb
-from eval.results import Groups, MtebResult, Result, group_means, write_results
+from eval.mteb_files import name_scored
+from eval.progress import Progress
+from eval.results import MtebResult, Result, group_means
 from eval.scores import DEPTH, as_run, per_query_scores
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
@@ -25,11 +27,19 @@ from toolkit.prepare import on_every_rank, together
 from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retriever_settings import for_task, with_settings
 from toolkit.search import search, search_among
-from toolkit.vectors import Store, gather_rows, leave
+from toolkit.vectors import Store, adopt, discard, gather_rows, leave
 from toolkit.words import reading_of
 
-Ranking = tuple[np.ndarray, np.ndarray]  # scores fp32 [q, k], indices of documents int64 [q, k], -1 for none
-RankDocuments = Callable[[Task, list[str], slice, list[np.ndarray] | None], Ranking]
+
+class Ranked(NamedTuple):
+    """What a system finds for some queries of a collection."""
+
+    scores: np.ndarray  # fp32 [q, k]
+    indices: np.ndarray  # of documents, int64 [q, k], -1 for none
+    noted: dict[str, Any]  # what the collection's record says of it besides
+
+
+RankDocuments = Callable[[Task, list[str], slice, list[np.ndarray] | None, int], Ranked]  # the last: how many
 
 
 def evaluate(
@@ -41,22 +51,26 @@ def evaluate(
     changes: EvalSettings | None = None,
     vectors: Path | None = None,
     may_collapse: bool = False,
+    beside: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a retriever by exact search, and tasks of other kinds by mteb; all ranks get the result, rank 0 writes it.
 
-    The vectors of documents lie on disk, where an interrupted evaluation finds them; identical documents of several
-    collections are embedded once. Nothing is taken from mteb's cache of scores.
+    Each collection's scores are said and written as it ends. An interrupted evaluation that is started again does not
+    score them again if weights, settings, data and versions are the same; vectors lie on disk, where it finds them.
+    Identical documents of several collections are embedded once. Nothing is taken from mteb's cache of scores.
 
     Args:
         retriever: in eval mode.
         suites: names as `load_suite` reads them.
-        folder: gets metrics.json, per_query.json and one <collection>.json in mteb's format for each collection.
+        folder: gets metrics.json, per_query.json, rankings/, and the scores in mteb's format: results/ in the layout of
+            mteb's cache, and <collection>.json for each collection that mteb does not know.
         label, step: what is scored, for the record.
         changes: of the retriever's settings, how ids and prompts are treated, number format of the documents' vectors;
             None: none.
-        vectors: a folder that all ranks see, which keeps the vectors of documents for other evaluations of the same
-            weights; None: folder/vectors, deleted when the scores are written.
+        vectors: a folder that all ranks see, which keeps the vectors for other evaluations of the same weights; None:
+            folder/vectors, deleted when all scores are written.
         may_collapse: see `encode`.
+        beside: a result of BM25, whose scores are said beside those of the same data.
 
     Returns:
         collection -> its reported scores ("ndcg_at_10", "recall_at_100", "mrr_at_10", its own), then group -> means.
@@ -68,15 +82,17 @@ def evaluate(
     retriever = with_settings(retriever, changes)
     checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
     store = Store(vectors or folder / "vectors", checkpoint, changes.vectors_dtype)
+    on_rank_zero(lambda: adopt(store, folder / "vectors"))
 
-    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
+    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int) -> Ranked:
         prompted = for_task(retriever, changes, task.task_name, task.task_type)
         documents = encode(prompted, task.collection.documents, "passage", store, may_collapse)
-        queries = encode(prompted, task.collection.queries, "query", may_collapse=may_collapse).array()
+        exact = store._replace(dtype="fp32")  # they are few; documents alone may be kept in less
+        queries = encode(prompted, task.collection.queries, "query", exact, may_collapse).array()
         if candidates is not None:
-            return search_among(queries[own], documents, candidates, DEPTH)
-        scores, indices = search(queries, documents, DEPTH)
-        return scores[own], indices[own]
+            return Ranked(*search_among(queries[own], documents, candidates, k), {})
+        scores, indices = search(queries, documents, k)
+        return Ranked(scores[own], indices[own], {})
 
     system = {
         "kind": "dense",
@@ -87,11 +103,14 @@ def evaluate(
         "prompts": changes.prompts,
     }
 
+    scored = name_scored(label, [system, changes.identical_ids])
+
     def by_mteb(task: MtebTask) -> dict[str, MtebResult]:
-        return score_by_mteb(task, retriever, changes, label, checkpoint, may_collapse)
+        return score_by_mteb(task, retriever, changes, scored, may_collapse)
 
     record = {"label": label, "step": step, "system": system, "identical_ids": changes.identical_ids}
-    scores = _evaluate(rank_documents, by_mteb, suites, changes, folder, record)
+    progress = Progress(folder, record | {"mteb": scored._asdict()}, beside)
+    scores = _evaluate(rank_documents, by_mteb, suites, changes, progress)
     on_rank_zero(lambda: leave(store, keep=vectors is not None))
     return scores
 
@@ -107,10 +126,8 @@ def evaluate_bm25(
     (toolkit.bm25.bm25_index).
     """
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
-    languages: dict[str, str | None] = {}  # of each collection; None for code
-    without: dict[str, int] = {}  # queries of each collection for which nothing is found
 
-    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None) -> Ranking:
+    def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int) -> Ranked:
         name, queries = task.collection.name, list(task.collection.queries.values())
         reading = _bm25_reading(task, texts, queries, changes)
 
@@ -120,24 +137,21 @@ def evaluate_bm25(
         if cache is not None:  # one rank makes it, all read it
             together(keep_index)
         scores, indices = on_every_rank(
-            lambda: bm25.bm25_top_k(texts, queries[own], DEPTH, reading=reading, candidates=candidates, cache=cache)
+            lambda: bm25.bm25_top_k(texts, queries[own], k, reading=reading, candidates=candidates, cache=cache)
         )
-        languages[name] = None if task.code else reading
-        without[name] = int(gather_rows((indices < 0).all(1).astype(np.int64)).sum())
+        without = int(gather_rows((indices < 0).all(1).astype(np.int64)).sum())
         if rank() == 0:
             of, keys = f"queries of {name}", "bm25_text and bm25_language (--bm25-text, --bm25-language)"
-            bm25.warn_if_nothing_found(of, without[name], len(queries), reading, keys)
-        return scores, indices
+            bm25.warn_if_nothing_found(of, without, len(queries), reading, keys)
+        noted = {"bm25_language": None if task.code else reading, "queries_without_documents": without}
+        return Ranked(scores, indices, noted)
 
-    system = {
-        "kind": "bm25",
-        "method": "lucene",
-        "k1_b": bm25.SETTINGS,
-        "languages": languages,
-        "queries_without_documents": without,
-    }
+    system = {"kind": "bm25", "method": "lucene", "k1_b": bm25.SETTINGS}
     record = {"label": "BM25", "step": None, "system": system, "identical_ids": changes.identical_ids}
-    return _evaluate(rank_documents, None, suites, changes, folder, record)
+    settings = {key: value for key, value in changes.model_dump().items() if key.startswith("bm25_")}
+    scored = name_scored("BM25", [system, changes.identical_ids, settings])
+    on_rank_zero(lambda: discard(folder / "vectors"))
+    return _evaluate(rank_documents, None, suites, changes, Progress(folder, record | {"mteb": scored._asdict()}, None))
 
 
 def _bm25_reading(task: Task, texts: list[str], queries: list[str], changes: EvalSettings) -> str:
@@ -163,52 +177,58 @@ def _evaluate(
     by_mteb: Callable[[MtebTask], dict[str, MtebResult]] | None,
     suites: list[str],
     changes: EvalSettings,
-    folder: Path,
-    record: dict[str, Any],
+    progress: Progress,
 ) -> dict[str, dict[str, float]]:
-    results: dict[str, Result | MtebResult] = {}
-    groups: Groups = {}
-    of_mteb: dict[str, tuple[Path | None, dict[str, str]]] = {}  # task -> its folder, its collections' main scores
-    skipped: list[str] = []
-    for task in _read_tasks(suites):
-        if isinstance(task, Task):
-            _score_once(_as_asked(task, changes), rank_documents, results)
-            main_scores = {task.collection.name: task.main_score}
-        elif by_mteb is None:
-            skipped.append(task.name)
-            continue
-        else:
-            if task.name not in of_mteb:
-                found = by_mteb(task)
-                results |= found
-                of_mteb[task.name] = task.folder, {name: result.main_score for name, result in found.items()}
-            folder_before, main_scores = of_mteb[task.name]
-            if task.folder != folder_before:
-                raise RecipeError(f"suites: two different collections are called {task.name}; name one of them")
-        groups.setdefault(task.group, {}).setdefault(task.member, {}).update(main_scores)
-    on_rank_zero(lambda: write_results(folder, record, results, groups, skipped))
-    return {name: result.shown for name, result in results.items()} | group_means(groups, results)
+    folders: dict[str, Path | None] = {}  # task that mteb scores -> where its data are
+    for suite in _suites(suites):
+        for task in _tasks(suite):
+            if isinstance(task, Task):
+                _score_once(_as_asked(task, changes), rank_documents, progress)
+                main_scores = {task.collection.name: task.main_score}
+            elif by_mteb is None:
+                progress.skipped.append(task.name)
+                continue
+            else:
+                if task.name not in folders:
+                    progress.add_task(task, progress.finished_task(task) or by_mteb(task))
+                    folders[task.name] = task.folder
+                if task.folder != folders[task.name]:
+                    raise RecipeError(f"suites: two different collections are called {task.name}; name one of them")
+                main_scores = progress.main_scores_of(task)
+            progress.count(task, main_scores)
+        progress.end_suite()
+    progress.end()
+    results = progress.results
+    return {name: result.shown for name, result in results.items()} | group_means(progress.groups, results)
 
 
-def _read_tasks(suites: list[str]) -> Iterator[Task | MtebTask]:
-    """The collections of all suites one after another, on every rank; all names are checked before the first."""
-    for suite in on_every_rank(lambda: [iter(load_suite(name)) for name in suites]):
-        while (task := on_every_rank(lambda suite=suite: next(suite, None))) is not None:
-            yield task
+def _suites(suites: list[str]) -> list[Iterator[Task | MtebTask]]:
+    """The collections of each suite, to be read one after another; all names are checked before the first."""
+    return on_every_rank(lambda: [iter(load_suite(name)) for name in suites])
 
 
-def _score_once(task: Task, rank_documents: RankDocuments, results: dict[str, Result | MtebResult]) -> None:
+def _tasks(suite: Iterator[Task | MtebTask]) -> Iterator[Task | MtebTask]:
+    """The collections of a suite one after another, on every rank."""
+    while (task := on_every_rank(lambda: next(suite, None))) is not None:
+        yield task
+
+
+def _score_once(task: Task, rank_documents: RankDocuments, progress: Progress) -> None:
     """Score a collection that is not yet among the results; else add the scores that this suite reports besides."""
     name = task.collection.name
-    known = results.get(name)
+    known = progress.results.get(name)
     if known is None:
-        results[name] = _score(task, rank_documents)
+        if not progress.find(task):
+            progress.add(task, _score(task, rank_documents))
     elif isinstance(known, Result):
         if known.task.revision != task.revision:
             raise RecipeError(f"suites: two different collections are called {name}; rename one of the folders")
-        _check_scores(task, known.per_query)
         reported = tuple(dict.fromkeys([*known.task.reported, *task.reported, task.main_score]))
-        results[name] = known._replace(task=known.task._replace(reported=reported))
+        if name in progress.found and any(key not in known.per_query for key in reported):  # of fewer suites
+            task = task._replace(reported=reported, main_score=known.task.main_score)
+            known = progress.add(task, _score(task, rank_documents))
+        _check_scores(task, known.per_query)
+        progress.results[name] = known._replace(task=known.task._replace(reported=reported))
 
 
 def _score(task: Task, rank_documents: RankDocuments) -> Result:
@@ -219,8 +239,11 @@ def _score(task: Task, rank_documents: RankDocuments) -> Result:
     query_ids, document_ids = list(queries), list(documents)
     own = slice(*(len(query_ids) * part // world_size() for part in (rank(), rank() + 1)))
     texts = list(documents.values())
-    scores, indices = rank_documents(task, texts, own, _candidates(task, query_ids[own]))
-    scores, indices = gather_rows(scores), gather_rows(indices)
+    candidates, excluded = _candidates(task, query_ids[own]), _excluded(task)
+    deeper = 0 if candidates is not None else max(map(len, excluded.values()), default=0)  # what they take away
+    scores, indices, noted = rank_documents(task, texts, own, candidates, DEPTH + deeper)
+    _take_out(scores, indices, [excluded.get(query) for query in query_ids[own]])
+    scores, indices = gather_rows(scores[:, :DEPTH]), gather_rows(indices[:, :DEPTH])
     run = as_run(query_ids, document_ids, scores, indices)
     dropped = 0
     if task.ignore_identical_ids:
@@ -232,8 +255,7 @@ def _score(task: Task, rank_documents: RankDocuments) -> Result:
         per_query |= accuracies([task.answers[query] for query in query_ids], texts, task.body_starts, indices)
     _check_scores(task, per_query)
     rankings = keep_rankings(task.collection, run if rank() == 0 else {})
-    kept = task._replace(candidates=None, answers=None, body_starts=None)
-    return Result(kept, query_ids, per_query, rankings, dropped, time.perf_counter() - started)
+    return Result(task, query_ids, per_query, rankings, dropped, noted, time.perf_counter() - started)
 
 
 def _check_scores(task: Task, per_query: dict[str, np.ndarray]) -> None:
@@ -257,5 +279,26 @@ def _candidates(task: Task, query_ids: list[str]) -> list[np.ndarray] | None:
     if task.candidates is None:
         return None
     place = {document: i for i, document in enumerate(task.collection.documents)}
+    excluded = _excluded(task)
     found = ({place[d] for d in task.candidates.get(query, []) if d in place} for query in query_ids)
-    return [np.array(sorted(numbers), np.int64) for numbers in found]
+    own = (np.array(sorted(numbers), np.int64) for numbers in found)
+    return [numbers[~np.isin(numbers, excluded.get(q, []))] for q, numbers in zip(query_ids, own, strict=True)]
+
+
+def _excluded(task: Task) -> dict[str, list[int]]:
+    """Query -> indices of the documents that it must not find, for those queries that have some."""
+    if task.excluded is None:
+        return {}
+    place = {document: i for i, document in enumerate(task.collection.documents)}
+    found = {query: [place[d] for d in documents if d in place] for query, documents in task.excluded.items()}
+    return {query: numbers for query, numbers in found.items() if numbers}
+
+
+def _take_out(scores: np.ndarray, indices: np.ndarray, excluded: list[list[int] | None]) -> None:
+    """Take documents out of rankings in place; those behind them move up, and the last places hold none."""
+    for row, numbers in enumerate(excluded):
+        if numbers is not None:
+            stays = ~np.isin(indices[row], numbers)
+            count = int(stays.sum())
+            for ranking, none in ((scores, 0), (indices, -1)):
+                ranking[row, :count], ranking[row, count:] = ranking[row, stays], none

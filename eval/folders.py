@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.limits import Pairs, excluded_ids, with_limits
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
 from toolkit.data.records import Collection, check_encodable
@@ -93,13 +94,26 @@ def choose_split(folder: Path, splits: list[str], wanted: str | None) -> str:
 
 def _load_beir(folder: Path, wanted: str | None) -> Task:
     split = choose_split(folder, beir_splits(folder), wanted)
-    documents, queries = read_beir_texts(folder / "corpus.jsonl"), read_beir_texts(folder / "queries.jsonl")
+    documents = read_beir_texts(folder / "corpus.jsonl")
+    queries: dict[str, str] = {}
+    excluded: Pairs = {}
+    for query, row, at in beir_rows(folder / "queries.jsonl"):
+        queries[query], excluded[query] = titled(row), excluded_ids(row, at)
     path = folder / "qrels" / f"{split}.tsv"
     qrels = read_judgements(path, queries)
     if not any(grade > 0 and did in documents for grades in qrels.values() for did, grade in grades.items()):
         raise RecipeError(f"{one_line(path)}: no judged document is in corpus.jsonl; their ids must agree")
     name = folder.resolve().name
-    return local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split)
+    task = local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split)
+    return with_revision(with_limits(task, folder, split, queries, excluded))
+
+
+def with_revision(task: Task) -> Task:
+    """A folder's collection whose revision tells what its queries may find, too, if anything limits that."""
+    limits = {"excluded": task.excluded or {}, "candidates": task.candidates or {}}
+    if task.excluded is None and task.candidates is None:
+        return task
+    return task._replace(revision=content_digest(task.collection, {"answers": task.answers or {}}, limits))
 
 
 def _load_answers(folder: Path) -> Task:
@@ -108,12 +122,14 @@ def _load_answers(folder: Path) -> Task:
         beir_splits(folder)  # says what is missing
     queries: dict[str, str] = {}
     answers: dict[str, list[str]] = {}
+    excluded: Pairs = {}
     for query, row, at in beir_rows(folder / "queries.jsonl"):
         queries[query], answers[query] = row["text"].strip(), row.get("answers") or []
         if not isinstance(row.get("answers", []), list) or not all(isinstance(a, str) for a in answers[query]):
             raise RecipeError(f"{at}: answers is no list of texts; write a list")
         for answer in answers[query]:
             check_encodable(answer, "answers", at)
+        excluded[query] = excluded_ids(row, at)
     if not any(answers.values()):
         beir_splits(folder)  # neither judgements nor answers
     missing = next((query for query, wanted in answers.items() if not wanted), None)
@@ -126,12 +142,13 @@ def _load_answers(folder: Path) -> Task:
         starts.append(len(documents[document]) - len(row["text"].strip()))
     name = folder.resolve().name
     collection = Collection(name, documents, queries, {query: {} for query in queries})
-    return local_task(collection, name, "answers")._replace(
+    task = local_task(collection, name, "answers")._replace(
         revision=content_digest(collection, {"answers": answers}),
         main_score="accuracy_at_20",
         answers=answers,
         body_starts=np.array(starts),
     )
+    return with_revision(with_limits(task, folder, None, queries, excluded))
 
 
 def _load_hub_layout(folder: Path, wanted: str | None) -> Task:
@@ -169,7 +186,7 @@ def shrink(task: Task, limit: int = QUICK_DOCUMENTS) -> Task:
         {query: text for query, text in queries.items() if query in inside},
         {query: grades for query, grades in qrels.items() if query in inside},
     )
-    return task._replace(
+    small = task._replace(
         collection=cut,
         task_name=f"quick_{task.task_name}",
         revision=content_digest(cut, {"answers": task.answers or {}}),
@@ -180,7 +197,11 @@ def shrink(task: Task, limit: int = QUICK_DOCUMENTS) -> Task:
         candidates=None
         if task.candidates is None
         else {query: [d for d in task.candidates[query] if d in kept] for query in cut.queries},
+        excluded=None
+        if task.excluded is None
+        else {query: [d for d in task.excluded.get(query, []) if d in kept] for query in cut.queries},
     )
+    return with_revision(small)
 
 
 def _drawn(ids: list[str]) -> Iterator[str]:

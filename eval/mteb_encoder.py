@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.mteb_files import Scored
 from eval.results import MtebResult
 from eval.tasks import MtebTask
 from toolkit.collectives import on_rank_zero, rank
@@ -62,7 +63,7 @@ class MtebEncoder:
 
 
 def score_by_mteb(
-    task: MtebTask, retriever: Retriever, changes: EvalSettings, label: str, revision: str, may_collapse: bool
+    task: MtebTask, retriever: Retriever, changes: EvalSettings, scored: Scored, may_collapse: bool
 ) -> dict[str, MtebResult]:
     """Collection -> scores of a task's subsets and splits; every rank calls it.
 
@@ -79,7 +80,7 @@ def score_by_mteb(
 
         from eval.mteb_tasks import readable
 
-        encoder = MtebEncoder(f"local/{label or 'model'}", revision, embed=embed, cosine=retriever.settings.normalize)
+        encoder = MtebEncoder(*scored, embed=embed, cosine=retriever.settings.normalize)
         options: Any = {"batch_size": 64, "show_progress_bar": False}
         readable(info.name, info.dataset["path"], task.task.load_data, task.folder)
         done = mteb.evaluate(
@@ -89,13 +90,17 @@ def score_by_mteb(
 
     info, started = task.task.metadata, time.perf_counter()
     whole = _on_rank_zero_with_all(score, embed)
-    seconds = time.perf_counter() - started
+    return by_collection(task, whole, time.perf_counter() - started)
+
+
+def by_collection(task: MtebTask, whole: dict[str, Any], seconds: float) -> dict[str, MtebResult]:
+    """Collection -> scores, of mteb's result of a task."""
     results = {}
     for split, rows in whole["scores"].items():
         for row in rows:
             subset = [row["hf_subset"]] if len(task.task.hf_subsets) > 1 else []
             name = ":".join([task.name, *subset, *([split] if len(whole["scores"]) > 1 else [])])
-            results[name] = MtebResult(info.main_score, row, whole, seconds)
+            results[name] = MtebResult(task.task.metadata.main_score, row, whole, seconds)
     return results
 
 

@@ -17,10 +17,11 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
 
-from eval.folders import choose_split, files_digest, local_task
+from eval.folders import choose_split, files_digest, local_task, with_revision
+from eval.limits import FIELD, excluded_ids, warn_unused, with_limits
 from eval.scores import K_VALUES, MEASURES
 from eval.suites import STDLIB, SUITES, Group
-from eval.tasks import MtebTask, Task
+from eval.tasks import MtebTask, Official, Task
 from toolkit.collectives import rank
 from toolkit.data.beir import HIGHEST_GRADE, beir_rows, beir_splits, check_id, read_judgements, titled
 from toolkit.data.records import Collection
@@ -139,6 +140,8 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
     info = task.metadata
     searched = isinstance(task, AbsTaskRetrieval) and info.main_score in OURS and not task.skip_first_result
     revision = info.dataset["revision"] if folder is None else f"disk-{files_digest(folder)}"
+    if folder is not None:
+        warn_unused(folder, info.name)
     retrieval: Any = task
     if folder is not None and not is_hub_layout(folder):
         if not searched or len(task.hf_subsets) > 1:
@@ -181,6 +184,7 @@ def load_task(task: Any, folder: Path | None) -> Iterator[Task | MtebTask]:
                 ignore_identical_ids=task.ignore_identical_ids,
                 candidates=data["top_ranked"],
                 task_type=info.type,
+                official=Official(info.main_score, len(task.hf_subsets) * len(task.eval_splits)),
             )
     task.unload_data()
 
@@ -192,7 +196,10 @@ def read_hub_layout(folder: Path, name: str, split: str) -> Task:
     _check_columns(folder, data)
     readable(name, str(folder), lambda: _check_rows(folder, data))
     task = local_task(_collection(name, data), folder.resolve().name, split)
-    return task._replace(candidates=data["top_ranked"])
+    named = FIELD in data["queries"].column_names
+    rows = data["queries"].select_columns(["id", *([FIELD] if named else [])])
+    excluded = {row["id"]: excluded_ids(row, f"{folder}: queries: row with _id {row['id']!r}") for row in rows}
+    return with_revision(with_limits(task._replace(candidates=data["top_ranked"]), folder, split, excluded, excluded))
 
 
 def _check_columns(folder: Path, data: Mapping[str, Any]) -> None:

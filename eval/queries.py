@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from eval.compare import System, title
-from eval.results import file_name
+from eval.compare import System
+from eval.results import file_name, title
 from eval.tables import markdown_table
 from eval.trec import SHOWN, Top, read_top
 

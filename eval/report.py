@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval import plots
-from eval.compare import FOOTNOTE, HEADER, SEED, Compared, System, change_cells, compare_systems, read_system, title
+from eval.compare import FOOTNOTE, HEADER, SEED, Compared, System, change_cells, compare_systems, read_system
 from eval.queries import changed_text, code
-from eval.results import MAIN
+from eval.results import MAIN, title
 from eval.significance import mean_interval
 from eval.tables import console, html_page, markdown_table, print_table
 from eval.training_log import Cost, Steps, cost, read_log

@@ -1,6 +1,6 @@
-"""What an evaluation leaves: metrics.json, per_query.json, a JSON in mteb's format and rankings a collection, means.
+"""What an evaluation leaves: metrics.json, per_query.json, results in mteb's format, rankings a collection, means.
 
-Called by eval.evaluate on rank 0.
+Called by eval.evaluate; what writes, on rank 0.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eval.mteb_files import Scored, write_task
 from eval.tasks import Task
 from eval.trec import Rankings, write_rankings
 from toolkit.files import replace_text
@@ -20,18 +21,29 @@ from toolkit.files import replace_text
 MAIN = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "pytrec-eval-terrier", "mteb")
 
+TITLES = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100", "mrr_at_10": "MRR@10"}
+
 Groups = dict[str, dict[str, dict[str, str]]]  # group -> member -> its collections -> their main scores in it
 
 
+class Written(NamedTuple):
+    """What the files hold of a collection that was searched, without its shown scores."""
+
+    about: dict[str, Any]  # of metrics.json
+    row: dict[str, Any]  # of mteb's format: all means
+
+
 class Result(NamedTuple):
-    """Scores of a collection that was searched."""
+    """Scores of a collection that was searched; once they are written, without its texts and rankings."""
 
     task: Task
     query_ids: list[str]
     per_query: dict[str, np.ndarray]  # metric -> [q]
-    rankings: Rankings  # rank 0 alone holds them
+    rankings: Rankings | None  # rank 0 alone holds them
     identical_ids_dropped: int
+    noted: dict[str, Any]  # what else its record says
     seconds: float
+    written: Written | None = None
 
     @property
     def means(self) -> dict[str, float]:
@@ -59,6 +71,11 @@ class MtebResult(NamedTuple):
         return {self.main_score: float(self.scores["main_score"])}
 
 
+def title(score: str) -> str:
+    """A score as readers know it."""
+    return TITLES.get(score, score)
+
+
 def group_means(groups: Groups, results: dict[str, Result | MtebResult]) -> dict[str, dict[str, float]]:
     """Group -> "main_score" and each score that all its collections have: the mean of its members.
 
@@ -82,29 +99,53 @@ def _row(result: Result | MtebResult, main: str) -> dict[str, float]:
     return result.shown | {"main_score": result.shown[main]}
 
 
-def write_results(
-    folder: Path, record: dict[str, Any], results: dict[str, Result | MtebResult], groups: Groups, skipped: list[str]
-) -> None:
-    """Write all files of an evaluation; `record` says what was scored and how."""
+def write_collection(folder: Path, record: dict[str, Any], name: str, result: Result, data: str) -> Written:
+    """Write the rankings of a collection and, where mteb does not know it, its scores in mteb's format.
+
+    `data` is a digest of all of the collection that its scores depend on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), **installed(PACKAGES)}
+    if result.rankings is not None:
+        write_rankings(folder / "rankings", file_name(name), result.rankings, record["label"])
+    written = Written(_describe(result) | {"data": data}, _mteb_row(result))
+    if result.task.official is None:
+        whole = _mteb_format([result._replace(written=written)])
+        replace_text(folder / f"{file_name(name)}.json", _dump(whole))
+    return written
+
+
+def write_mteb_task(folder: Path, scored: Scored, parts: list[Result]) -> None:
+    """Write what there is of a task of mteb's; it is whole once it has all its subsets and splits."""
+    official = parts[0].task.official
+    assert official is not None
+    write_task(folder, scored, parts[0].task.task_name, _mteb_format(parts), len(parts) == official.parts)
+
+
+def write_results(
+    folder: Path,
+    record: dict[str, Any],
+    results: dict[str, Result | MtebResult],
+    groups: Groups,
+    skipped: list[str],
+    finished: bool,
+) -> None:
+    """Write metrics.json and per_query.json; `record` says what was scored and how."""
+    folder.mkdir(parents=True, exist_ok=True)
     collections, per_query = {}, {}
     for name, result in results.items():
         if isinstance(result, Result):
-            collections[name] = _describe(result)
+            assert result.written is not None
+            collections[name] = result.shown | result.written.about
             per_query[name] = {
                 key: dict(zip(result.query_ids, result.per_query[key].tolist(), strict=True)) for key in result.shown
             }
-            written = _mteb_format(result, versions["mteb"])
-            write_rankings(folder / "rankings", file_name(name), result.rankings, record["label"])
         else:
             revision = result.whole["dataset_revision"]
             about = {"main_score": result.main_score, "revision": revision, "seconds": round(result.seconds, 3)}
-            collections[name], written = result.shown | about, result.whole
-        replace_text(folder / f"{file_name(name)}.json", _dump(written))
+            collections[name] = result.shown | about
     replace_text(folder / "per_query.json", _dump(per_query))
-    summary = {**record, "collections": collections, "groups": group_means(groups, results), "skipped": skipped}
-    replace_text(folder / "metrics.json", _dump({**summary, "versions": versions}))
+    summary = {"collections": collections, "groups": group_means(groups, results), "skipped": skipped}
+    replace_text(folder / "metrics.json", _dump({**record, "finished": finished, **summary, "versions": versions()}))
 
 
 def _describe(result: Result) -> dict[str, Any]:
@@ -119,21 +160,44 @@ def _describe(result: Result) -> dict[str, Any]:
         "ignore_identical_ids": task.ignore_identical_ids,
         "identical_ids_dropped": result.identical_ids_dropped,
         "bm25_words": "code" if task.code else "prose",
+        **result.noted,
         "revision": task.revision,
         "seconds": round(result.seconds, 3),
+        **_limits(task),
     }
 
 
-def _mteb_format(result: Result, mteb_version: str) -> dict[str, Any]:
+def _limits(task: Task) -> dict[str, int]:
+    """How many documents its queries must not find, and may find, where a collection says so."""
+    given = {"excluded": task.excluded, "candidates": task.candidates}
+    documents = task.collection.documents
+    return {
+        key: sum(document in documents for query in task.collection.queries for document in pairs.get(query, []))
+        for key, pairs in given.items()
+        if pairs is not None
+    }
+
+
+def _mteb_row(result: Result) -> dict[str, Any]:
+    """A subset and split as mteb has it; its main score is mteb's, whichever the suite reports."""
     task = result.task
     scores = {key: round(value, 5) for key, value in result.means.items() if not key.endswith("_at_50")}  # not mteb's
-    row = {**scores, "main_score": scores[task.main_score], "hf_subset": task.subset, "languages": task.languages}
+    main_score = task.main_score if task.official is None else task.official.main_score
+    return {**scores, "main_score": scores[main_score], "hf_subset": task.subset, "languages": task.languages}
+
+
+def _mteb_format(parts: list[Result]) -> dict[str, Any]:
+    """mteb's result of a task, of all its subsets and splits."""
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for part in parts:
+        assert part.written is not None
+        scores.setdefault(part.task.split, []).append(part.written.row)
     return {
-        "dataset_revision": task.revision,
-        "task_name": task.task_name,
-        "mteb_version": mteb_version,
-        "scores": {task.split: [row]},
-        "evaluation_time": result.seconds,
+        "dataset_revision": parts[0].task.revision,
+        "task_name": parts[0].task.task_name,
+        "mteb_version": version("mteb"),
+        "scores": scores,
+        "evaluation_time": sum(part.seconds for part in parts),
         "kg_co2_emissions": None,
     }
 
@@ -146,10 +210,15 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of what scores are made with."""
+    return {"python": platform.python_version(), **installed(PACKAGES)}
+
+
 def installed(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of those of these packages that are there."""
-    versions = {}
+    found = {}
     for package in packages:
         with suppress(PackageNotFoundError):  # one of the two faiss packages, or both
-            versions[package] = version(package)
-    return versions
+            found[package] = version(package)
+    return found

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     of_model = add_model_flags(parser)
     parser.add_argument("--suite", action="append", required=True, metavar="NAME", help=SUITE)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: WHAT/eval/<suite>, or eval_<name>")
-    kept = "keep the documents' vectors here, found again for the same weights; default: in the output while it runs"
+    kept = "keep the vectors here, found again for the same weights; default: in the output while it runs"
     parser.add_argument("--vectors", type=Path, metavar="DIR", help=kept)
     parser.add_argument("--vectors-dtype", choices=("fp32", "fp16"), default="fp32", help="fp16 takes half the disk")
     parser.add_argument(
@@ -99,9 +99,18 @@ def _run(arguments: argparse.Namespace) -> None:
         changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
         folder = output or _default_output(what, arguments.suite)
         rows = ({} if arguments.no_bm25 else {"BM25": folder / "bm25"}) | {"retriever": folder}
-        evaluate(retriever, suites, folder, label=what, step=None, changes=changes, vectors=arguments.vectors)
-        if not arguments.no_bm25:
+        if not arguments.no_bm25:  # before the retriever, whose scores are then said beside its
             evaluate_bm25(suites, rows["BM25"], changes, arguments.bm25_cache)
+        evaluate(
+            retriever,
+            suites,
+            folder,
+            label=what if arguments.adapter is None else f"{what} with {arguments.adapter}",
+            step=None,
+            changes=changes,
+            vectors=arguments.vectors,
+            beside=rows.get("BM25"),
+        )
     if rank() == 0:
         _print_table(rows)
         _print_comparisons(folder, rows, arguments.compare)

@@ -16,6 +16,7 @@ from toolkit.recipe import RecipeError, one_line
 
 STDLIB: dict[str, Literal["dev", "test"]] = {"stdlib:dev": "dev", "stdlib:test": "test"}
 LOCAL = "local"  # the group of whole folders and of the embedded corpus
+OPEN_GROUPS = (LOCAL, "quick")  # those that every suite may add to
 
 
 class Group(NamedTuple):

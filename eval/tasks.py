@@ -8,6 +8,13 @@ import numpy as np
 from toolkit.data.records import Collection
 
 
+class Official(NamedTuple):
+    """What mteb knows of its task that a collection is (a part of)."""
+
+    main_score: str  # of the task in mteb; a suite may report another one
+    parts: int  # subsets times splits, each a collection
+
+
 class Task(NamedTuple):
     """A collection and how it is scored."""
 
@@ -24,9 +31,11 @@ class Task(NamedTuple):
         False  # drop the document whose id equals the query's (mteb: off unless the task says so)
     )
     candidates: dict[str, list[str]] | None = None  # query id -> the documents it may find; None: all
+    excluded: dict[str, list[str]] | None = None  # query id -> the documents that it must not find
     answers: dict[str, list[str]] | None = None  # query id -> what a passage must hold (open question answering)
     body_starts: np.ndarray | None = None  # with answers: length of the title before each document's text
     task_type: str = "Retrieval"
+    official: Official | None = None  # None: a collection that is no task of mteb
     group: str = ""  # the mean that it counts in, as (a part of) `member`
     member: str = ""
 

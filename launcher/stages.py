@@ -285,7 +285,15 @@ def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device)
         return {}
     retriever = on_every_rank(lambda: load_export(folder / "export", device))
     step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
-    scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, step=step, changes=stage.eval)
+    scores = evaluate(
+        retriever,
+        stage.eval.suites,
+        folder / "eval",
+        label=stage.name,
+        step=step,
+        changes=stage.eval,
+        beside=run / "bm25" / "eval",
+    )
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
     on_rank_zero(lambda: add_scores(folder / "export", scores, start_scores(recipe, origin(recipe, index), run)))
     return scores

@@ -147,7 +147,16 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
     step = sum(earlier.optim.steps for earlier in recipe.stages[:first])
     record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": _identity(stage)}
     label = start_label(recipe, first)
-    scores = evaluate(retriever, suites, folder / "eval", label=label, step=step, changes=stage.eval, may_collapse=True)
+    scores = evaluate(
+        retriever,
+        suites,
+        folder / "eval",
+        label=label,
+        step=step,
+        changes=stage.eval,
+        may_collapse=True,
+        beside=run / "bm25" / "eval",
+    )
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
     on_rank_zero(lambda: _finish(folder, record | {"scores": scores, "model": _state(source)}))
 

@@ -32,7 +32,8 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
     Raises:
         RecipeError, ValueError: if the scores to compare are not there, or are of different data.
     """
-    from eval.compare import compare_systems, interval, p_text, read_system, title
+    from eval.compare import compare_systems, interval, p_text, read_system
+    from eval.results import title
     from toolkit.training.loop import stage_folder
 
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
@@ -63,13 +64,11 @@ def _warn_of_void_bm25(folder: Path, collections: list[str]) -> None:
     from toolkit.bm25 import warn_if_nothing_found
     from toolkit.words import CODE
 
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    system = metrics.get("system", {})
-    without = system.get("queries_without_documents", {})  # which earlier results lack
-    for name in (name for name in collections if name in without):
-        reading = system["languages"][name] or CODE
-        total, keys = metrics["collections"][name]["queries"], "eval.bm25_text and eval.bm25_language"
-        warn_if_nothing_found(f"queries of {name}", without[name], total, reading, keys)
+    of_all = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["collections"]
+    for name in (name for name in collections if "queries_without_documents" in of_all[name]):  # not in earlier ones
+        about, keys = of_all[name], "eval.bm25_text and eval.bm25_language"
+        reading, without = about["bm25_language"] or CODE, about["queries_without_documents"]
+        warn_if_nothing_found(f"queries of {name}", without, about["queries"], reading, keys)
 
 
 def _other(recipe: Recipe, index: int, run: Path, than: str) -> tuple[Path, str]:

@@ -95,3 +95,17 @@ def others() -> list[Any]:
 def _with(task: Any, dataset: Any) -> Any:
     task.dataset, task.data_loaded = {"default": dataset}, True
     return task
+
+
+def of_subsets(parts: dict[tuple[str, str], Collection]) -> Any:
+    """A retrieval task of mteb whose subsets (one a language) and splits are collections."""
+    subsets, splits = (list(dict.fromkeys(names)) for names in zip(*parts, strict=True))
+    task = LocalRetrieval()
+    changes = {"eval_langs": {subset: ["eng-Latn"] for subset in subsets}, "eval_splits": splits}
+    task.metadata = task.metadata.model_copy(update=changes)
+    task.hf_subsets = subsets
+    task.dataset = {
+        s: {split: retrieval(parts[s, split]).dataset["default"]["test"] for split in splits} for s in subsets
+    }
+    task.data_loaded = True
+    return task

@@ -145,6 +145,31 @@ def _record_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def adopt(store: Store, left: Path) -> None:
+    """Move into a store what an interrupted encoding by the same checkpoint left in another folder; the rest goes.
+
+    A line says so; nothing is done where `left` is the store's folder itself, or not there.
+    """
+    if not left.is_dir() or left.resolve() == store.folder.resolve():
+        return
+    moved = 0
+    for path in sorted((left / store.checkpoint).rglob("*")):
+        place = store.folder / path.relative_to(left)
+        if path.is_file() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, place)
+            moved += path.suffix == ".npy"
+    shutil.rmtree(left)
+    print(f"vectors: {left}: left by an interrupted evaluation; {moved:,} shards moved to {store.folder}", flush=True)
+
+
+def discard(left: Path) -> None:
+    """Delete the vectors that an interrupted evaluation left in a folder, and say so; nothing if there are none."""
+    if left.is_dir():
+        shutil.rmtree(left)
+        print(f"vectors: {left}: left by an interrupted evaluation; deleted", flush=True)
+
+
 def leave(store: Store, keep: bool) -> None:
     """Delete a store's folder once its vectors were used, or say in one line what it holds of other checkpoints."""
     if not keep:

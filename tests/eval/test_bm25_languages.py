@@ -21,22 +21,25 @@ def read(output: Path) -> dict:
     return json.loads((output / "metrics.json").read_text())
 
 
+def noted(output: Path, key: str) -> dict:
+    """What the records of all collections say under a key."""
+    return {name: about[key] for name, about in read(output)["collections"].items()}
+
+
 @pytest.mark.parametrize("name", sorted(QUERIES))
 def test_what_a_query_asks_for_is_found(name: str, tmp_path: Path, capsys):
     """Every query's sentence comes first; read as English (control) few or none are found."""
     folder, expected = write_language(tmp_path / name, name), SENTENCES[name][0]
     assert evaluate_bm25([str(folder)], tmp_path / "out")[f"{name}:test"]["ndcg_at_10"] == 1.0
-    system = read(tmp_path / "out")["system"]
-    assert system["languages"] == {f"{name}:test": expected}
-    assert system["queries_without_documents"] == {f"{name}:test": 0}
+    assert noted(tmp_path / "out", "bm25_language") == {f"{name}:test": expected}
+    assert noted(tmp_path / "out", "queries_without_documents") == {f"{name}:test": 0}
     said = capsys.readouterr()
     assert said.out.startswith(f"BM25 reads {name}:test as {expected}, ") and said.err == ""
     arguments = ["bm25", "--suite", str(folder), "--output", str(tmp_path / "as_english"), "--bm25-language", "english"]
     assert main(arguments) == 0
-    control, said = read(tmp_path / "as_english"), capsys.readouterr()
-    assert control["system"]["languages"] == {f"{name}:test": "english"} and "BM25 reads" not in said.out
-    score = control["collections"][f"{name}:test"]["ndcg_at_10"]
-    lost = control["system"]["queries_without_documents"][f"{name}:test"]
+    control, said = read(tmp_path / "as_english")["collections"][f"{name}:test"], capsys.readouterr()
+    assert control["bm25_language"] == "english" and "BM25 reads" not in said.out
+    score, lost = control["ndcg_at_10"], control["queries_without_documents"]
     assert score == 0 if name in ("chinese", "japanese", "korean") else score < 0.8
     assert lost == 4 if score == 0 else lost > 0
     expected_line = f"{WARNING}{lost} of 4 queries of {name}:test: read as english they share no word with a document; "
@@ -49,7 +52,7 @@ def test_each_collection_has_its_own_language_and_index(tmp_path: Path, capsys):
     suites.append(str(write_beir(tmp_path / "small")))
     cache, languages = tmp_path / "cache", {"thai:test": "ngrams", "german:test": "german", "small:test": "english"}
     first = evaluate_bm25(suites, tmp_path / "out", cache=cache)
-    assert read(tmp_path / "out")["system"]["languages"] == languages
+    assert noted(tmp_path / "out", "bm25_language") == languages
     assert len(list(cache.iterdir())) == 3
     assert evaluate_bm25(suites, tmp_path / "again", cache=cache) == first
     assert len(list(cache.iterdir())) == 3
@@ -63,7 +66,7 @@ def test_each_collection_has_its_own_language_and_index(tmp_path: Path, capsys):
 def test_code_has_no_language(tmp_path: Path, capsys):
     folder = write_language(tmp_path / "chinese", "chinese")
     arguments = ["bm25", "--suite", str(folder), "--bm25-text", "code", "--output", str(tmp_path / "out")]
-    assert main(arguments) == 0 and read(tmp_path / "out")["system"]["languages"] == {"chinese:test": None}
+    assert main(arguments) == 0 and noted(tmp_path / "out", "bm25_language") == {"chinese:test": None}
     assert "BM25 reads" not in capsys.readouterr().out
     assert read(tmp_path / "out")["collections"]["chinese:test"]["ndcg_at_10"] == 1.0  # in pairs of characters too
     assert main([*arguments, "--bm25-language", "ngrams"]) == 2
@@ -102,7 +105,7 @@ def test_a_run_scores_bm25_anew_for_another_language(tmp_path: Path, capsys):
     scored(None)
     assert capsys.readouterr().out == ""  # found
     found = scored("english")
-    assert found["system"]["languages"] == {"japanese:test": "english"}
+    assert found["collections"]["japanese:test"]["bm25_language"] == "english"
     assert found["collections"]["japanese:test"]["ndcg_at_10"] == 0.0 and WARNING in capsys.readouterr().err
 
 

@@ -49,8 +49,13 @@ def test_scores_are_those_of_mteb(expected: dict[str, float], suite: list[str], 
     assert {name: next(iter(found[name].values())) for name in NAMES} == pytest.approx(expected, abs=1e-6)
     assert list(expected) == NAMES and len(set(expected.values())) == 4
     assert found["kinds"] == {"main_score": pytest.approx(np.mean(list(expected.values())), abs=1e-6)}
-    for name in NAMES:
-        written = mteb.TaskResult.from_disk(tmp_path / "out" / f"{name}.json")
+    (model,) = mteb.ResultCache(cache_path=tmp_path / "out").load_results().model_results
+    assert (model.model_name, sorted(written.task_name for written in model.task_results)) == (
+        "local/tiny",
+        sorted(NAMES),
+    )
+    for written in model.task_results:
+        name = written.task_name
         assert written.get_score() == pytest.approx(expected[name], abs=1e-6)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["collections"]["LocalSTS"]["main_score"] == "cosine_spearman"

@@ -28,7 +28,9 @@ def task(tmp_path: Path) -> Task:
 
 def result(task: Task, main: str = "ndcg_at_10", **scores: float) -> Result:
     per_query = {key: np.array([value, value]) for key, value in scores.items()}
-    return Result(task._replace(main_score=main), ["q0", "q1"], per_query, keep_rankings(task.collection, {}), 0, 0.0)
+    return Result(
+        task._replace(main_score=main), ["q0", "q1"], per_query, keep_rankings(task.collection, {}), 0, {}, 0.0
+    )
 
 
 def test_the_mean_of_a_group(task: Task):

@@ -71,12 +71,13 @@ def test_vectors_are_kept_where_asked(dtype, folder: Path, tmp_path: Path):
         rows.clear()
         settings = {"vectors": vectors, "changes": EvalSettings(vectors_dtype=dtype)}
         found.append(evaluate(retriever, [str(folder)], tmp_path / name, label="", step=None, **settings))
-        documents = 0 if name == "b" else len(set(task.collection.documents.values()))
-        assert sum(rows) == documents + 6
+        encoded = 0 if name == "b" else len(set(task.collection.documents.values())) + 6  # queries are kept, too
+        assert sum(rows) == encoded
         assert not (tmp_path / name / "vectors").exists()
     assert found[0] == found[1] == found[2]
-    (file, *_) = kept.rglob("*.npy")
-    assert np.load(file, allow_pickle=False).dtype.name == f"float{dtype[2:]}"
+    for kind, name in (("passage", f"float{dtype[2:]}"), ("query", "float32")):
+        (file, *_) = kept.rglob(f"{kind}_*/*.npy")
+        assert np.load(file, allow_pickle=False).dtype.name == name
     system = json.loads((tmp_path / "a" / "metrics.json").read_text())["system"]
     assert (system["vectors"], system["checkpoint"]) == (dtype, next(kept.iterdir()).name)
 

@@ -106,8 +106,10 @@ def test_a_bm25_that_finds_nothing_is_no_silent_bar(tmp_path: Path, capsys) -> N
     assert reason_after(stage, tmp_path) == ""
     (stage / "done.json").write_text("{}")
     for lost, warned in ((QUERIES // 2, []), (QUERIES // 2 + 1, ["b"])):
-        system = {"languages": {"a": "english", "b": "english"}, "queries_without_documents": {"a": 3, "b": lost}}
-        metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"system": system}))
+        written = json.loads(metrics.read_text())
+        for name, without in (("a", 3), ("b", lost)):
+            written["collections"][name] |= {"bm25_language": "english", "queries_without_documents": without}
+        metrics.write_text(json.dumps(written))
         assert reason_after(stage, tmp_path) == ""
         said = capsys.readouterr().err.splitlines()
         assert [line.startswith("warning: BM25 finds nothing for 21 of 40 queries of b: ") for line in said] == [
