@@ -24,7 +24,8 @@ from toolkit.models.adapters import with_adapter
 from toolkit.models.backbone import adapted, load_adapted, load_encoder_backbone, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.prepare import ModelSource
-from toolkit.recipe import EncoderSettings, Lora
+from toolkit.recipe import EncoderSettings, EvalSettings, Lora, RecipeError
+from toolkit.retrievers import load_any
 
 IDS = torch.tensor([[5, 90, 31, 7, 12, 11]])
 CAUSAL = {"llama": "plain", "mistral": "plain", "qwen2": "plain", "qwen3": "plain"}
@@ -217,6 +218,18 @@ def test_an_adapter_of_fewer_or_more_layers_is_refused_with_the_names(auto: Any,
     prefix = "base_model.model.model." if auto is AutoModelForCausalLM else "base_model.model."
     assert f"4 weights ({prefix}layers.2.mlp.down_proj.lora_A.weight, {prefix}layers.2.mlp.down_proj.lora_B" in line
     assert ", ...) find no module in the model; name the base that it was trained on" in line
+
+
+def test_an_adapter_in_a_sentence_transformers_folder_is_held_against_its_base_too(bases, tmp_path: Path) -> None:
+    three = layers(bases["llama"], tmp_path / "three", 3)
+    adapter = train(bases["llama"], AutoModelForCausalLM, tmp_path / "adapter")
+    (adapter / "modules.json").write_text("[]")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(three)}))
+    with pytest.raises(
+        RecipeError, match=r"2 modules \(layers\.2\.mlp\.down_proj, layers\.2\.self_attn\.q_proj\) that "
+    ):
+        load_any(str(adapter), None, EvalSettings(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
