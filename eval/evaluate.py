@@ -125,7 +125,10 @@ def evaluate_bm25(
         languages[name] = None if task.code else reading
         without[name] = int(gather_rows((indices < 0).all(1).astype(np.int64)).sum())
         if rank() == 0:
-            of, keys = f"queries of {name}", "bm25_text and bm25_language (--bm25-text, --bm25-language)"
+            of, keys = (
+                f"queries of {name}",
+                "bm25_text and bm25_language (--bm25-text, --bm25-language) before comparing",
+            )
             bm25.warn_if_nothing_found(of, without[name], len(queries), reading, keys)
         return scores, indices
 

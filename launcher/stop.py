@@ -68,7 +68,10 @@ def _warn_of_void_bm25(folder: Path, collections: list[str]) -> None:
     without = system.get("queries_without_documents", {})  # which earlier results lack
     for name in (name for name in collections if name in without):
         reading = system["languages"][name] or CODE
-        total, keys = metrics["collections"][name]["queries"], "eval.bm25_text and eval.bm25_language"
+        total, keys = (
+            metrics["collections"][name]["queries"],
+            "eval.bm25_text and eval.bm25_language: this stage is compared with it",
+        )
         warn_if_nothing_found(f"queries of {name}", without[name], total, reading, keys)
 
 
