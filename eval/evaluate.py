@@ -141,8 +141,8 @@ def evaluate_bm25(
         )
         without = int(gather_rows((indices < 0).all(1).astype(np.int64)).sum())
         if rank() == 0:
-            of, keys = f"queries of {name}", "bm25_text and bm25_language (--bm25-text, --bm25-language)"
-            bm25.warn_if_nothing_found(of, without, len(queries), reading, keys)
+            keys = "bm25_text and bm25_language (--bm25-text, --bm25-language) before comparing"
+            bm25.warn_if_nothing_found(f"queries of {name}", without, len(queries), reading, keys)
         noted = {"bm25_language": None if task.code else reading, "queries_without_documents": without}
         return Ranked(scores, indices, noted)
 

@@ -65,8 +65,9 @@ def _warn_of_void_bm25(folder: Path, collections: list[str]) -> None:
     from toolkit.words import CODE
 
     of_all = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["collections"]
+    keys = "eval.bm25_text and eval.bm25_language: this stage is compared with it"
     for name in (name for name in collections if "queries_without_documents" in of_all[name]):  # not in earlier ones
-        about, keys = of_all[name], "eval.bm25_text and eval.bm25_language"
+        about = of_all[name]
         reading, without = about["bm25_language"] or CODE, about["queries_without_documents"]
         warn_if_nothing_found(f"queries of {name}", without, about["queries"], reading, keys)
 

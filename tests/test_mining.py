@@ -185,7 +185,11 @@ def test_no_negative_at_all_is_an_error(tmp_path: Path):
     rows = rows_of()
     mined = mine(rows, searches(rows)[0][0], settings(1, 30, 4, max_score=-2.0), 0, 0)
     told = r"^no row got a negative: max_score -2 leaves 30 rows none, since all 900 candidates at ranks 1 to 30 "
-    with pytest.raises(ValueError, match=told + r"score above it; with max_score \S+ \d+ rows would get one"):
+    with pytest.raises(
+        ValueError,
+        match=told
+        + r"score above it; \d+ rows would get one with max_score \S+; 30 rows would get one with max_score null$",
+    ):
         write_mined(rows, mined, settings(1, 30, 4, max_score=-2.0), tmp_path, {})
     full = rows._replace(own=[["a", "b", "c"] for _ in rows.own])  # nothing is lacking
     assert "mined: 0 hard negatives for 30 rows" in write_mined(full, mined, settings(), tmp_path, {})
@@ -221,8 +225,8 @@ def test_a_positive_that_scores_low_takes_no_negatives_from_its_row(positive, st
         return
     told = (
         'no row got a negative: max_share 0.95 (positive "lowest") leaves 40 rows none, since all 400 candidates at '
-        'ranks 1 to 10 score above it; with positive "highest" 40 rows would get one; with max_share null 40 rows '
-        "would get one"
+        'ranks 1 to 10 score above it; 40 rows would get one with positive "highest"; 40 rows would get one with '
+        "max_share null"
     )
     with pytest.raises(ValueError) as error:
         write_mined(rows, mined, wanted, tmp_path, {})
@@ -256,11 +260,11 @@ def test_many_rows_without_a_negative_are_said(tmp_path: Path, capsys):
     none = json.loads((tmp_path / "mined.json").read_text())["counts"]["rows_with_none"]
     said = capsys.readouterr().err
     assert none > 3 and said.startswith(f"warning: {none} of 30 rows have no negative: max_share {share:g} (positive ")
-    found = re.search(r"with max_share (0\.\d+|1) (\d+) rows would get one", said)
+    found = re.search(r"(\d+) rows would get one with max_share (0\.\d+|1)", said)
     assert found is not None
-    again = mine(rows, search, settings(1, 30, 2, max_share=float(found[1])), 0, 0)
+    again = mine(rows, search, settings(1, 30, 2, max_share=float(found[2])), 0, 0)
     without = sum(not own and not kept for own, kept in zip(lists(again), rows.own, strict=True))
-    assert none - without == int(found[2]) > 0
+    assert none - without == int(found[1]) > 0
     write_mined(rows, scores, settings(1, 30, 2), tmp_path, {})
     assert capsys.readouterr().err == ""
 
@@ -270,8 +274,8 @@ def test_ranks_that_begin_too_deep_are_named(tmp_path: Path):
     wanted = settings(20, 30, 2)
     mined = mine(rows, bm25_search(rows, reading="english"), wanted, 0, 0)
     told = (
-        "no row got a negative: 40 rows have no passage at ranks 20 to 30: the search finds at most 10; with ranks "
-        "[10, 30] 40 would have one"
+        "no row got a negative: 40 rows have no passage at ranks 20 to 30: the search finds at most 10; 40 would "
+        "have one with ranks [10, 30]"
     )
     with pytest.raises(ValueError) as error:
         write_mined(rows, mined, wanted, tmp_path, {})

@@ -133,7 +133,7 @@ def warn_if_nothing_found(of: str, without: int, total: int, reading: str, keys:
     if 2 * without > total:
         print(
             f"warning: BM25 finds nothing for {without:,} of {total:,} {of}: read as {reading} they share no word with "
-            f"a document; every comparison with it is void; look at {keys}",
+            f"a document; look at {keys}",
             file=sys.stderr,
             flush=True,
         )

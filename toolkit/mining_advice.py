@@ -28,8 +28,8 @@ def why_none(
         deepest = int(found.max())
         fix = "the search finds nothing but positives, or nothing"
         if deepest:
-            fix = f"the search finds at most {deepest}; with ranks [{deepest}, {last}]"
-            fix += f" {(found >= deepest).sum():,} would have one"
+            would = int((found >= deepest).sum())
+            fix = f"the search finds at most {deepest}; {would:,} would have one with ranks [{deepest}, {last}]"
         parts.append(f"{empty.sum():,} rows have no passage at ranks {first} to {last}: {fix}")
     return "; ".join(parts)
 
@@ -52,7 +52,7 @@ def _limited(positives: np.ndarray, least: np.ndarray, too_high: int, settings: 
         ((name, value),) = changes.items()
         shown = "null" if value is None else f'"{value}"' if isinstance(value, str) else f"{value:g}"
         helped[f"{name} {shown}"] = int((least <= limit).sum())
-    best = [f"with {change} {count:,} rows would get one" for change, count in helped.items() if count]
+    best = [f"{count:,} rows would get one with {change}" for change, count in helped.items() if count]
     return "; ".join([told, *best]) if best else f"{told}; no other {key} helps while the other limits stay"
 
 
