@@ -1,6 +1,6 @@
 """Speed of encoding beside SentenceTransformer.encode with the same export, on real ragged texts; not a test.
 
-python tests/benchmarks/bench_encode.py [--model FOLDER] [--texts 2000] [--times 5] [--threads 2] [--busy 2] [--tokens 512 1024]
+python tests/benchmarks/bench_encode.py [--model FOLDER] [--texts 2000] [--times 5] [--threads 2] [--busy 2]
 """
 
 import argparse
@@ -79,7 +79,7 @@ def busy(processes: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="a sentence-transformers folder (default: MiniLM's shape, untrained)")
+    parser.add_argument("--model", type=Path, help="a sentence-transformers folder (default: of MiniLM's shape)")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="of a batch of ours, besides the default")
