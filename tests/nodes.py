@@ -93,7 +93,7 @@ def two_nodes(folder: Path) -> Iterator[Nodes]:
     with (folder / "sshd.log").open("w") as log:
         daemon = subprocess.Popen([str(_find("sshd")), "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
     try:
-        _wait_until(lambda: all(_answers(host, int(port)) for host in HOSTS), 20, (folder / "sshd.log").read_text)
+        _wait_until(lambda: all(_answers(host, int(port)) for host in HOSTS), 60, (folder / "sshd.log").read_text)
         yield Nodes(folder, port, environment)
     finally:
         daemon.terminate()
@@ -161,7 +161,7 @@ def finish(command: list[str], nodes: Nodes, run: Path, kill_after: int | None =
             )
             os.kill(process_of_rank(run, 1), signal.SIGKILL)
         code = process.wait(timeout=300 if kill_after is None else 90)
-        _wait_until(lambda: not processes_of(run), 20, lambda: f"left: {processes_of(run)}\n{said.read_text()}")
+        _wait_until(lambda: not processes_of(run), 60, lambda: f"left: {processes_of(run)}\n{said.read_text()}")
         return code, said.read_text()
     finally:
         for pid in processes_of(run):

@@ -115,7 +115,7 @@ def test_one_and_two_ranks_write_the_same_file(folder: Path, export: Path, tmp_p
         if ranks == 1:
             assert main([*given, seed]) == 0
         else:
-            done = launch("--module", ranks, "toolkit.mine", *given, seed, timeout=120)
+            done = launch("--module", ranks, "toolkit.mine", *given, seed, timeout=500)
             assert done.returncode == 0, done.stdout + done.stderr
         return (tmp_path / name / "pairs.jsonl").read_bytes()
 

@@ -131,7 +131,7 @@ def test_every_rank_gets_the_same_store_or_the_same_error(tmp_path: Path):
     make_data(tmp_path / "bad", {"text": "a"}, {"text": 3})
     folders = [str(tmp_path / name) for name in ("good", "bad", "good")]
     request = {"folders": folders, "run": str(tmp_path / "run")}
-    one, other = run_on_ranks("prepare_failure.py", 2, request, tmp_path, timeout=120)
+    one, other = run_on_ranks("prepare_failure.py", 2, request, tmp_path, timeout=500)
     assert one == other and one[0] == one[2]
     assert one[1].endswith("line 2: 'text' holds the number 3, text is needed; set fields.text to a column of text")
 

@@ -200,7 +200,7 @@ def test_every_rank_gets_the_same_store_or_the_same_error(tmp_path: Path, tokeni
     good, bad = ([str(tmp_path / name), str(tokenizer)] for name in ("good", "bad"))
     cases = [good, bad, [good[0], str(tmp_path / "none")], good]
     request = {"cases": cases, "run": str(tmp_path / "runs" / "run")}
-    one, other = run_on_ranks("crop_ranks.py", 2, request, tmp_path, timeout=120)
+    one, other = run_on_ranks("crop_ranks.py", 2, request, tmp_path, timeout=500)
     assert one == other and one[0] == one[3]
     assert one[1].endswith("line 2: 'text' holds the number 3, text is needed; set fields.text to a column of text")
     assert one[2].startswith("start: ") and len(stores(tmp_path / "runs" / "run")) == 1

@@ -187,7 +187,7 @@ def test_every_rank_gets_the_same_rows_or_the_same_error(folder: Path, exports: 
         "export": str(exports[0]),
         "data": [data.model_dump(mode="json") for data in asked],
     }
-    one, other = run_on_ranks("negatives_ranks.py", 2, request, tmp_path, timeout=120)
+    one, other = run_on_ranks("negatives_ranks.py", 2, request, tmp_path, timeout=500)
     assert one == other and one[2].startswith("data.mine: source 0: no row got a negative: max_score -1 leaves ")
     for data, answer in zip(asked[:2], one[:2], strict=True):
         here = with_negatives(data, exports[0], tmp_path / "run", 0, "cpu")

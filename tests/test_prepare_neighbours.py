@@ -166,7 +166,7 @@ def test_every_rank_gets_the_same_bundles_or_the_same_error(collection: Path, mo
         "model": str(model.folder),
         "stages": [stage.model_dump(mode="json") for stage in stages],
     }
-    one, other = run_on_ranks("neighbours_ranks.py", 2, request, tmp_path, timeout=120)
+    one, other = run_on_ranks("neighbours_ranks.py", 2, request, tmp_path, timeout=500)
     assert one == other
     expected = [bundles(stage, tmp_path / "run", model).tolist() for stage in stages[:2]]
     assert [json.loads(order) for order in one[:2]] == expected

@@ -226,7 +226,7 @@ def test_rank_zero_decides_what_a_name_is(adapter: tuple[Made, Path], tmp_path: 
         "places": [str(tmp_path / "a"), str(tmp_path / "b")],
         "names": ["first", "second", "parts", "everywhere"],
     }
-    one, other = run_on_ranks("retriever_ranks.py", 2, request, tmp_path, timeout=120)
+    one, other = run_on_ranks("retriever_ranks.py", 2, request, tmp_path, timeout=500)
     assert one == other
     first, second, parts, everywhere = one
     assert first.startswith("first is not on ") and first.endswith("; put it on a disk that all nodes share")

@@ -94,8 +94,8 @@ def test_a_process_alone_watches_itself(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(watch.os, "_exit", leave)
     with Watch() as watched:
         for step in range(15):
-            watched.at(step, COMPUTING, 1.5 / 60)
-            time.sleep(0.15)
+            watched.at(step, COMPUTING, 4 / 60)
+            time.sleep(0.3)
         watched.at(15, "saving", 0)
         time.sleep(2)
         assert not said and not codes

@@ -148,9 +148,9 @@ def test_a_line_of_ten_megabytes_is_a_document(tmp_path: Path, suffix: str):
     data = json.dumps({"text": long}).encode() + b"\n" + b'{"text": "' + b"x" * 10_000_000 + b"\n" + TEXT[0]
     path = tmp_path / f"x{suffix}"
     path.write_bytes(gzip.compress(data, 1) if suffix.endswith(".gz") else data)
-    started, skipped = time.perf_counter(), Skipped()
+    started, skipped = time.process_time(), Skipped()
     assert [record.texts for record in read(path, "documents", skipped)] == [[long], ["a"]]
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     assert skipped.kinds == {"not JSON": 1} and len(skipped.last) < 300
     assert "line 2: not JSON (Unterminated string" in refused(path, "documents")
 

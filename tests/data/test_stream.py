@@ -127,7 +127,7 @@ def test_reads_two_steps_ahead_and_no_further():
 
     with stream(collate=count, steps=100) as opened:
         next(opened)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while len(calls) < 4 * POOLS and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.2)

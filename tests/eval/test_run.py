@@ -191,7 +191,7 @@ def test_what_one_rank_cannot_read_is_told_by_all(folder: Path, tmp_path: Path):
     request = {"whole": str(folder), "damaged": str(damaged), "output": str(tmp_path / "out")}
     places = {"cache": "cache", "output_cached": "cached", "no_folder": "damaged/corpus.jsonl"}
     request |= {name: str(tmp_path / place) for name, place in places.items()}
-    answer = run_on_ranks("suite_ranks.py", 2, request, tmp_path, timeout=120)
+    answer = run_on_ranks("suite_ranks.py", 2, request, tmp_path, timeout=500)
     assert [own.pop(0) for own in answer] == [[evaluate_bm25([str(folder)], tmp_path / "one"), made] for made in (1, 0)]
     assert answer[0] == answer[1]
     assert answer[0][0].startswith(f"{damaged}/corpus.jsonl/") and "cannot be used (Not a directory)" in answer[0][0]

@@ -33,7 +33,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (stage,) = whole["stages"][:1]
     stage["batch"]["pools_per_step"] = 6
     stage |= {"eval": {"suites": []}, "save": {"every": 2, "keep": 2}, "export": {"merged": False}}
-    stage["guard"] = {"stall_minutes": 0.15, "compare_weights_every": 2}
+    stage["guard"] = {"stall_minutes": 0.5, "compare_weights_every": 2}
     (folder / "recipe.json").write_text(json.dumps(whole | {"stages": [stage]}))
     return folder / "recipe.json"
 
@@ -56,7 +56,7 @@ def run_with(
 ) -> tuple[subprocess.CompletedProcess, list[str], float]:
     """A run with a fault: how it ended, what it said but for the launcher's own lines, and its seconds."""
     began = time.monotonic()
-    done = launch(WORKERS / "faulty_run.py", ranks, str(recipe), "--output", str(run), timeout=240, FAULT=fault)
+    done = launch(WORKERS / "faulty_run.py", ranks, str(recipe), "--output", str(run), timeout=500, FAULT=fault)
     return done, (done.stdout + done.stderr).splitlines(), time.monotonic() - began
 
 
@@ -104,8 +104,8 @@ def test_a_rank_that_is_asked_to_stop_saves_first(what: str, recipe: Path, whole
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("stall_reading", r"rank 1 \(.+\): no progress for 0.15 minutes, at step 5, waiting for its rows"),
-        pytest.param("stall", r"rank 1 \(.+\): no progress for 0.15 minutes, at step 5, computing", marks=FULL),
+        ("stall_reading", r"rank 1 \(.+\): no progress for 0.5 minutes, at step 5, waiting for its rows"),
+        pytest.param("stall", r"rank 1 \(.+\): no progress for 0.5 minutes, at step 5, computing", marks=FULL),
         pytest.param(
             "other_rows", r"rank 0 \(.+\), rank 1 \(.+\): have not the same rows, before step 5; ", marks=FULL
         ),
@@ -120,7 +120,7 @@ def test_a_rank_that_stands_still_or_differs_is_named(
     done, said, seconds = run_with(f"{what} 1 {FAULTY_STEP}", recipe, tmp_path / "run")
     assert done.returncode == 5, said[-20:]
     assert len([line for line in said if re.match(expected, line)]) == 1, said[-20:]
-    assert seconds < 120 and "Traceback" not in "\n".join(said)
+    assert seconds < 240 and "Traceback" not in "\n".join(said)
     assert go_on(recipe, tmp_path / "run") == 4
     assert_same_run(tmp_path / "run", whole)
 

@@ -186,7 +186,7 @@ def end_after(lines: int, run: Path, work: Path, number: signal.Signals) -> str:
         process = subprocess.Popen(
             command, env=rank_environment(), cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
         )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while len(log(run)) < lines and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         os.killpg(process.pid, number)

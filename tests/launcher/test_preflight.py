@@ -164,7 +164,7 @@ def test_an_odd_rank_is_refused_in_a_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(TINY))
     odd = {"torch": "2.0.1", "shared": False}
     run = ["--output", str(tmp_path / "runs" / "odd")]
-    done = launch(WORKERS / "odd_rank.py", 2, str(tmp_path / "recipe.json"), *run, timeout=120, ODD=json.dumps(odd))
+    done = launch(WORKERS / "odd_rank.py", 2, str(tmp_path / "recipe.json"), *run, timeout=500, ODD=json.dumps(odd))
     said = (done.stdout + done.stderr).splitlines()
     here = socket.gethostname()
     told = [line.partition(";")[0] for line in said if "node2" in line]

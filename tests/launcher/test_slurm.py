@@ -61,7 +61,7 @@ def test_the_script_saves_at_the_signal_and_asks_to_be_requeued(tmp_path: Path) 
     env["PATH"] = f"{tmp_path}/bin{os.pathsep}{env['PATH']}"
     job = subprocess.Popen(["bash", str(tmp_path / "script.sh")], env=env, cwd=REPOSITORY)
     try:
-        log, deadline = run / "log.jsonl", time.monotonic() + 240
+        log, deadline = run / "log.jsonl", time.monotonic() + 400
         while not (log.exists() and log.read_text().count("\n") > 10):
             assert time.monotonic() < deadline and job.poll() is None
             time.sleep(0.05)

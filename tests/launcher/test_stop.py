@@ -177,7 +177,7 @@ def test_a_stage_that_is_no_worse_lets_the_run_go_on(worse, tmp_path: Path, monk
 def test_under_deepspeed_the_line_is_said_once_and_the_code_comes_through(worse, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(worse))
     output = ["--output", str(tmp_path / "run")]
-    done = launch("launcher/run.py", 2, str(tmp_path / "recipe.json"), *output, timeout=240)
+    done = launch("launcher/run.py", 2, str(tmp_path / "recipe.json"), *output, timeout=500)
     said = [line for line in (done.stdout + done.stderr).splitlines() if "is worse than BM25" in line]
     assert done.returncode == 3, (done.stdout + done.stderr)[-3000:]
     assert len(said) == 1 and said[0].startswith("stage 0 language_model is worse") and "Traceback" not in done.stderr

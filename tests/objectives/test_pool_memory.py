@@ -9,7 +9,7 @@ from toolkit.objectives.pool_memory import share_pool
 
 
 def test_every_rank_gets_what_it_reads_and_the_owner_the_gradients(tmp_path: Path) -> None:
-    answers = run_on_ranks("pool_ranks.py", 3, {"rows": 5}, tmp_path, timeout=120)
+    answers = run_on_ranks("pool_ranks.py", 3, {"rows": 5}, tmp_path, timeout=500)
     for answer in answers:
         assert answer["same"] and answer["gradient"] < 1e-13
         assert answer["gradient of own readers"] > 0.1  # those of the others count

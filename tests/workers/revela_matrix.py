@@ -103,13 +103,20 @@ CONTROLS = {
 
 @contextmanager
 def precision(fp64: bool) -> Iterator[None]:
-    """DeepSpeed and the models in fp64, where rounding hides nothing; DeepSpeed else refuses it on a CPU."""
+    """DeepSpeed and the models in fp64, where rounding hides nothing; DeepSpeed else refuses it on a CPU.
+
+    At ZeRO-3 it does so on CPUs that compute in fp16 only: there it looks at the dtype that it is given.
+    """
     if not fp64:
         yield
         return
     accelerator: Any = get_accelerator()
     dtypes = [*accelerator.supported_dtypes(), torch.float64]
-    with fp64_inside(), mock.patch.object(accelerator, "supported_dtypes", lambda: dtypes):
+    with (
+        fp64_inside(),
+        mock.patch.object(accelerator, "supported_dtypes", lambda: dtypes),
+        mock.patch.object(accelerator, "is_fp16_supported", lambda: False),
+    ):
         yield
 
 
