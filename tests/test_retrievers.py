@@ -124,7 +124,11 @@ def test_our_export_as_sentence_transformers_reads_it(name: str, tmp_path: Path)
     [
         ([Dense(32, 16)], {}, "consists of Transformer, Pooling (cls), Dense; run are"),
         ([], {"pooling": "max"}, "consists of Transformer, Pooling (max); run are"),
-        ([], {"include_prompt": False}, "run are a Transformer, Pooling over all tokens"),
+        (
+            [],
+            {"include_prompt": False},
+            "its cls pooling leaves the tokens of the prompt out (include_prompt is false)",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused(more: list[Any], options: dict[str, Any], message: str, tmp_path: Path):
@@ -205,6 +209,96 @@ def test_what_is_not_there(what: str, message: str):
     with pytest.raises(RecipeError) as caught:
         load_any(what, None, changes(), CPU)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "tokenizer", "usable"), [("bert", "wordpiece", 64), ("roberta", "roberta", 62)])
+def test_a_length_above_the_positions_is_cut_and_said(kind: str, tokenizer: str, usable: int, tmp_path: Path, capsys):
+    folder = save(tmp_path, kind, tokenizer, Normalize(), pooling="mean")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 100}))
+    options = folder / "sentence_bert_config.json"
+    options.write_text(json.dumps(json.loads(options.read_text()) | {"max_seq_length": 100}))
+    retriever = load_any(str(folder), None, changes(), CPU).retriever
+    assert retriever.settings.eval_max_tokens == usable
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith(f"note: {folder}: names a max_seq_length of 100 (") and f"for {usable} tokens; {usable}" in line
+    )
+    texts = ["return " * 90, "x"]
+    model: Any = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = usable
+    assert distance(embed_texts(retriever, texts, "query"), model.encode_query(texts)) < 1e-5
+    shorter = load_any(str(folder), None, changes(max_tokens=9), CPU).retriever
+    assert shorter.settings.eval_max_tokens == 9 and capsys.readouterr().err == ""
+    for place in (folder, tmp_path / "base"):
+        whole = changes(max_tokens=65, pooling="mean", normalize=True)
+        with pytest.raises(RecipeError, match=rf"positions for {usable} tokens; set --max-tokens to at most {usable}"):
+            load_any(str(place), None, whole, CPU)
+
+
+def test_the_flag_of_a_length_is_named_for_an_export_too(tmp_path: Path):
+    folder = make(CASES["bert_full"], tmp_path / "base").write(tmp_path / "export")
+    assert load_any(str(folder), None, changes(max_tokens=64), CPU)
+    with pytest.raises(RecipeError, match="set --max-tokens to at most 64 "):
+        load_any(str(folder), None, changes(max_tokens=65), CPU)
+
+
+@pytest.mark.parametrize(("by", "more"), [(None, [Normalize()]), ("cosine", []), ("dot", [])])
+def test_vectors_are_cut_to_the_dimensions_that_a_folder_names(by: str | None, more: list[Any], tmp_path: Path):
+    folder = save(tmp_path, "bert", "wordpiece", *more, pooling="mean", by=by)
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncate_dim": 8}))
+    retriever = load_any(str(folder), None, changes(), CPU).retriever
+    queries, passages = (embed_texts(retriever, TEXTS, side) for side in ("query", "passage"))
+    assert queries.shape == (len(TEXTS), 8) and retriever.settings.truncate_dim == 8
+    model: Any = SentenceTransformer(str(folder), device="cpu")
+    theirs = model.similarity(model.encode_query(TEXTS), model.encode_document(TEXTS)).numpy()
+    assert distance(queries @ passages.T, theirs) < 1e-5
+    whole = retriever._replace(settings=retriever.settings.model_copy(update={"truncate_dim": None}))
+    assert checkpoint_digest(whole) != checkpoint_digest(retriever)  # their vectors are kept apart
+    shorter = with_settings(retriever, changes(max_tokens=6))
+    assert embed_texts(shorter, TEXTS, "query").shape == (len(TEXTS), 8)
+
+
+def test_unit_vectors_that_are_cut_and_multiplied_are_refused(tmp_path: Path):
+    folder = save(tmp_path, "bert", "wordpiece", Normalize(), by="dot")
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncate_dim": 8}))
+    with pytest.raises(RecipeError, match=r"cuts vectors of unit length \(truncate_dim\) and compares the rest by dot"):
+        load_any(str(folder), None, changes(), CPU)
+
+
+def test_a_pooling_without_the_prompt_is_run_where_there_is_none(tmp_path: Path):
+    folder = save(tmp_path, "bert", "wordpiece", Normalize(), pooling="mean", include_prompt=False)
+    with pytest.raises(RecipeError, match='set its prompts or both prefixes to "", or include_prompt to true'):
+        load_any(str(folder), None, changes(query_prefix="", prompts={"Clustering": ""}), CPU)
+    none = changes(query_prefix="", passage_prefix="", prompts={"Clustering": ""})
+    retriever = load_any(str(folder), None, none, CPU).retriever
+    model: Any = SentenceTransformer(str(folder), device="cpu")
+    assert distance(embed_texts(retriever, TEXTS, "query"), model.encode(TEXTS)) < 1e-5
+    last = save(tmp_path / "last", "qwen3", "bos_eos", Normalize(), pooling="lasttoken", include_prompt=False)
+    assert load_any(str(last), None, changes(), CPU).retriever.settings.query_prefix == "find: "
+
+
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_end_that_a_template_appends_is_the_end(side: str, pooling: str, tmp_path: Path):
+    """As Qwen3-Embedding: what comes after a text is not eos_token; and a config that cuts and pads on the left."""
+    folder = save(tmp_path, "qwen3", "bos_eos", Normalize(), pooling=pooling)
+    for place in (folder, tmp_path / "base"):
+        config = place / "tokenizer_config.json"
+        changed = {"eos_token": "<s>", "padding_side": side, "truncation_side": side}
+        config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    model: Any = SentenceTransformer(str(folder), device="cpu")
+    model.tokenizer.truncation_side = "right"
+    theirs = model.encode_query(TEXTS)
+    found = load_any(str(folder), None, changes(pooling="eos" if pooling == "lasttoken" else None), CPU).retriever
+    assert found.tokenizer.eos_token == "<s>" and distance(embed_texts(found, TEXTS, "query"), theirs) < 1e-5
+    flags = changes(
+        pooling={"lasttoken": "eos"}.get(pooling, pooling), normalize=True, max_tokens=24, query_prefix="find: "
+    )
+    plain = load_any(str(tmp_path / "base"), None, flags, CPU).retriever
+    assert distance(embed_texts(plain, TEXTS, "query"), theirs) < 1e-5
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path):

@@ -113,6 +113,7 @@ class EncoderSettings(Section):
     passage_prefix: str
     max_tokens: Length
     eval_max_tokens: Length
+    truncate_dim: Positive | None = None  # first dimensions that are kept; of models that others made
 
 
 class EncoderKeys(Section):

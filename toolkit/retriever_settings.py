@@ -63,10 +63,11 @@ def with_settings(retriever: Retriever, changes: EvalSettings) -> Retriever:
         return retriever
     backbone = retriever.encoder.backbone
     try:
-        check_length(backbone.config, settings.eval_max_tokens)  # pyright: ignore[reportArgumentType]
+        check_length(backbone.config, settings.eval_max_tokens, "it")  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise RecipeError(f"eval.max_tokens: {error}") from None
-    return Retriever(Encoder(backbone, settings.pooling, settings.normalize).eval(), retriever.tokenizer, settings)
+    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim).eval()
+    return Retriever(encoder, retriever.tokenizer, settings)
 
 
 def changed(settings: EncoderSettings, changes: EvalSettings) -> EncoderSettings:

@@ -5,6 +5,7 @@ Called by eval.run. Reads safetensors only and runs no code that comes with weig
 
 import itertools
 import socket
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,14 @@ from toolkit.data.tokens import pad, pad_id, tokenize
 from toolkit.embed import Retriever, load_retriever
 from toolkit.export import load_export
 from toolkit.files import expanded
-from toolkit.models.backbone import check_adapter, check_length, check_weights, read_config
+from toolkit.models.backbone import check_adapter, check_length, check_weights, longest_input, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import lacks_weights
 from toolkit.models.vocabulary import fit_tokenizer
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
 from toolkit.retriever_settings import changed
-from toolkit.sentence_layout import POOLING_MODES
+from toolkit.sentence_settings import OUR_POOLING, above_positions, prefixes, prompt_problem
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_FILES = ["*/*.safetensors", "consolidated*", "*.bin", "*.py", "onnx/*", "openvino/*"]
@@ -64,10 +65,13 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
 
 def _load(what: str, folder: Path, adapter: Path | None, changes: EvalSettings, device: torch.device) -> Loaded:
     if adapter is None and (folder / "export.json").is_file():
-        return Loaded(load_export(folder, device), {})
+        retriever = load_export(folder, device)
+        backbone: Any = retriever.encoder.backbone
+        _check_flag(what, backbone.config, changes)
+        return Loaded(retriever, {})
     if adapter is None and (folder / "modules.json").is_file():
         _check_transformer(folder)
-        return _sentence_transformer(what, folder, device)
+        return _sentence_transformer(what, folder, changes, device)
     if not (folder / "config.json").is_file():
         raise RecipeError(
             f"{what}: is no export (export.json), no sentence-transformers model (modules.json), no adapter "
@@ -85,6 +89,14 @@ def _check_transformer(folder: Path) -> None:
             if problem := lacks_weights(place):
                 raise RecipeError(problem)
             check_weights(place)
+
+
+def _check_flag(what: str, config: Any, changes: EvalSettings) -> None:
+    if changes.max_tokens is not None:
+        try:
+            check_length(config, changes.max_tokens, "--max-tokens")
+        except ValueError as error:
+            raise RecipeError(f"{what}: {error}") from None
 
 
 def _is_bare_adapter(folder: Path) -> bool:
@@ -128,8 +140,9 @@ def _plain(what: str, folder: Path, adapter: Path | None, changes: EvalSettings,
     missing = ["--" + key.replace("_", "-") for key, value in wanted.items() if value is None]
     if missing:
         raise RecipeError(f"{what}: a model alone does not say how a text becomes one vector; add {', '.join(missing)}")
-    settings = changed(_settings("mean", False, "", "", 2), changes)
-    dtype = torch.bfloat16 if read_config(folder).dtype == torch.bfloat16 else torch.float32
+    settings, config = changed(_settings("mean", False, "", "", 2), changes), read_config(folder)
+    _check_flag(what, config, changes)
+    dtype = torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float32
     return load_retriever(folder, settings, dtype, device, adapter)
 
 
@@ -149,7 +162,7 @@ def _settings(pooling: Any, normalize: bool, query: str, passage: str, max_token
 # --------------------------------------------------------------------------- sentence-transformers
 
 
-def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Loaded:
+def _sentence_transformer(what: str, folder: Path, changes: EvalSettings, device: torch.device) -> Loaded:
     """Its transformer, pooling and normalisation as an Encoder; a few texts prove that the vectors are the same."""
     from sentence_transformers import SentenceTransformer  # takes seconds to import
 
@@ -166,44 +179,68 @@ def _sentence_transformer(what: str, folder: Path, device: torch.device) -> Load
         raise RecipeError(f"{what}: sentence-transformers cannot load it ({reason}); mend the folder") from None
     modules: list[Any] = list(model)
     names = [type(module).__name__ for module in modules]
-    ours = {mode: name for name, mode in POOLING_MODES.items()}
     known = names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-    if not known or modules[1].pooling_mode not in ours or not modules[1].include_prompt:
+    if not known or modules[1].pooling_mode not in OUR_POOLING:
         parts = [
             f"{name} ({module.pooling_mode})" if name == "Pooling" else name
             for name, module in zip(names, modules, strict=True)
         ]
         raise RecipeError(
-            f"{what}: consists of {', '.join(parts)}; run are a Transformer, Pooling over all tokens by "
-            f"{', '.join(ours)}, and Normalize, so export it without the other parts"
+            f"{what}: consists of {', '.join(parts)}; run are a Transformer, Pooling by {', '.join(OUR_POOLING)}, and "
+            "Normalize, so export it without the other parts"
         )
-    if model.similarity_fn_name not in ("cosine", "dot"):  # cosine also where its config names none
-        raise RecipeError(
-            f"{what}: compares by {model.similarity_fn_name} distance (config_sentence_transformers.json); run are "
-            "similarity_fn_name cosine and dot"
-        )
+    similarity = _similarity(what, model, names)
     tokenizer = modules[0].tokenizer  # the model's own, so that it cuts and pads on the right in the comparison below
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.eos_token is None:  # [CLS] text [SEP]
         tokenizer.eos_token = tokenizer.sep_token
-    backbone, prompts = modules[0].auto_model, {name: text or "" for name, text in model.prompts.items()}
-    limits = (model.max_seq_length, tokenizer.model_max_length, backbone.config.max_position_embeddings)
-    longest = min(limit for limit in limits if limit is not None)
-    default = prompts.get(model.default_prompt_name or "", "")
-    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
-    settings = _settings(
-        ours[modules[1].pooling_mode],
-        names[-1] == "Normalize" or model.similarity_fn_name == "cosine",
-        prompts.get("query", default),
-        document,
-        int(longest),
-    )
-    check_length(backbone.config, settings.eval_max_tokens)
-    fit_tokenizer(tokenizer, backbone.config, what)
-    retriever = Retriever(Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings)
-    _check_same(what, retriever, model)
+    for side, prefix in (("query", changes.query_prefix), ("document", changes.passage_prefix)):
+        model.prompts |= {} if prefix is None else {side: prefix}
+    prompts = {name: text or "" for name, text in model.prompts.items()}
     named = {name: text for name, text in prompts.items() if name not in ("query", "document", "passage", "corpus")}
+    query, passage = prefixes(prompts, model.default_prompt_name)
+    pooling = OUR_POOLING[modules[1].pooling_mode]
+    used = [query, passage, *(named | changes.prompts).values()]
+    if not modules[1].include_prompt and (reason := prompt_problem(changes.pooling or pooling, *used)):
+        raise RecipeError(f"{what}: {reason}")
+    model.max_seq_length = _longest(what, model, changes)
+    normalize = names[-1] == "Normalize" or similarity == "cosine"
+    settings = _settings(pooling, normalize, query, passage, model.max_seq_length)
+    settings = settings.model_copy(update={"truncate_dim": model.truncate_dim})
+    backbone: Any = modules[0].auto_model
+    fit_tokenizer(tokenizer, backbone.config, what)
+    encoder = Encoder(backbone, pooling, normalize, model.truncate_dim).eval()
+    retriever = Retriever(encoder, tokenizer, settings)
+    _check_same(what, retriever, model)
     return Loaded(retriever, named)
+
+
+def _similarity(what: str, model: Any, names: list[str]) -> str:
+    """How a model compares vectors: "cosine", also where its config names nothing, or "dot"."""
+    similarity, options = model.similarity_fn_name, "config_sentence_transformers.json"
+    if similarity not in ("cosine", "dot"):
+        raise RecipeError(
+            f"{what}: compares by {similarity} distance ({options}); run are similarity_fn_name cosine and dot"
+        )
+    if similarity == "dot" and names[-1] == "Normalize" and model.truncate_dim is not None:
+        raise RecipeError(
+            f"{what}: cuts vectors of unit length (truncate_dim) and compares the rest by dot products ({options}), "
+            "which is not done here; set similarity_fn_name to cosine"
+        )
+    return similarity
+
+
+def _longest(what: str, model: Any, changes: EvalSettings) -> int:
+    """The longest input in tokens: as --max-tokens says, else as the model does, as far as it has positions."""
+    config = model[0].auto_model.config
+    _check_flag(what, config, changes)
+    wanted, usable = model.max_seq_length, longest_input(config)
+    if changes.max_tokens is not None:
+        return changes.max_tokens
+    if wanted is not None and wanted > usable and rank() == 0:
+        note = above_positions(wanted, usable, "sentence_bert_config.json or tokenizer_config.json")
+        print(f"note: {what}: {note}", file=sys.stderr, flush=True)
+    return usable if wanted is None else int(min(wanted, usable))
 
 
 @torch.inference_mode()

@@ -90,13 +90,13 @@ def prefixes(prompts: dict[str, str], default_name: str | None) -> tuple[str, st
     return prompts.get("query", default), passage
 
 
-def prompt_problem(pooling: str, query: str, passage: str) -> str:
+def prompt_problem(pooling: str, *prompts: str) -> str:
     """Why a model whose pooling leaves the prompt out (include_prompt false) cannot be run; empty if it can."""
-    if pooling == "eos" or not (query or passage):  # the last token is none of the prompt
+    if pooling == "eos" or not any(prompts):  # the last token is none of the prompt
         return ""
     return (
         f"its {pooling} pooling leaves the tokens of the prompt out (include_prompt is false), which is not done here; "
-        'set both prefixes to "", or include_prompt to true'
+        'set its prompts or both prefixes to "", or include_prompt to true'
     )
 
 

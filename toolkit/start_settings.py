@@ -146,7 +146,10 @@ def _complete(recipe: Recipe, index: int, origin: _Origin) -> Resolved:
     stage, at = recipe.stages[index], f"stages.{index}.encoder"
     named, written = origin.named, stage.encoder.model_dump(exclude_none=True)
     values = named.values | written
-    sources = {key: "recipe" if key in written else named.files.get(key, "") for key in EncoderKeys.model_fields}
+    sources = {
+        key: "recipe" if key in written else named.files.get(key, "the tokenizer's own")
+        for key in EncoderKeys.model_fields
+    }
     to_eos = written.get("pooling") == "eos" and named.values.get("pooling") != "eos"
     if to_eos and "append_eos" not in written:
         values["append_eos"], sources["append_eos"] = True, "pooling eos reads an end token"
@@ -161,7 +164,7 @@ def _complete(recipe: Recipe, index: int, origin: _Origin) -> Resolved:
     if problems:
         raise RecipeError("\n".join(problems))
     encoder = EncoderKeys.model_validate(values)
-    rows = [(f"encoder.{key}", _value(value, sources[key])) for key, value in encoder.model_dump().items()]
+    rows = [(f"encoder.{key}", f"{_plain(key, value)} ({sources[key]})") for key, value in encoder.model_dump().items()]
     after_lm = stage.start == "previous" and isinstance(recipe.stages[index - 1].objective, LanguageModelObjective)
     notes = [*_not_followed(at, origin, encoder), *([] if after_lm else _differences(at, origin, encoder, written))]
     return Resolved(encoder, rows, notes)
@@ -172,12 +175,8 @@ def _not_usable(key: str, named: Named) -> str:
     return f"{named.values[key]} ({named.files[key]}), which is not trained here" if key in named.values else "none"
 
 
-def _value(value: Any, source: str) -> str:
-    return f"{_plain(value)} ({source})" if source else _plain(value)
-
-
-def _plain(value: Any) -> str:
-    return value if value in OUR_POOLING.values() else json.dumps(value, ensure_ascii=False)
+def _plain(key: str, value: Any) -> str:
+    return value if key == "pooling" else json.dumps(value, ensure_ascii=False)
 
 
 # --------------------------------------------------------------------------- what differs
@@ -199,8 +198,8 @@ def _differences(at: str, origin: _Origin, encoder: EncoderKeys, written: dict[s
     named, model = origin.named, origin.model
     for key in ("pooling", "normalize", "query_prefix", "passage_prefix"):
         if key in written and key in named.values and written[key] != named.values[key]:
-            trained = f"was trained with {_plain(named.values[key])} ({named.files[key]})"
-            yield f"note: {at}.{key} is {_plain(written[key])}; {model} {trained}"
+            trained = f"was trained with {_plain(key, named.values[key])} ({named.files[key]})"
+            yield f"note: {at}.{key} is {_plain(key, written[key])}; {model} {trained}"
     longest = named.values.get("eval_max_tokens")
     for key in ("max_tokens", "eval_max_tokens"):
         if key in written and longest is not None and written[key] > longest:
@@ -209,7 +208,7 @@ def _differences(at: str, origin: _Origin, encoder: EncoderKeys, written: dict[s
     own, here = (origin.ends[value] for value in (named.values.get("append_eos"), encoder.append_eos))
     if named.values and own != here and not (encoder.append_eos is False and own == origin.ends[None]):
         own, here = (f"ends texts with {', '.join(end)}" if end else "ends texts without one" for end in (own, here))
-        yield f"note: {at}.append_eos is {_plain(encoder.append_eos)}, which {here}; {model} {own}"
+        yield f"note: {at}.append_eos is {json.dumps(encoder.append_eos)}, which {here}; {model} {own}"
 
 
 # --------------------------------------------------------------------------- what a model names

@@ -8,17 +8,21 @@ from toolkit.models.pooling import pool
 
 
 class Encoder(nn.Module):
-    """Tokens -> vectors [rows, dim], unit length if `normalize` (fp32; fp64 for an fp64 backbone)."""
+    """Tokens -> vectors [rows, dim], unit length if `normalize` (fp32; fp64 for an fp64 backbone).
 
-    def __init__(self, backbone: nn.Module, pooling: str, normalize: bool) -> None:
+    truncate_dim: dimensions that are kept, the first; None: all. They are scaled to unit length afterwards.
+    """
+
+    def __init__(self, backbone: nn.Module, pooling: str, normalize: bool, truncate_dim: int | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
         self.normalize = normalize
+        self.truncate_dim = truncate_dim
 
     def forward(self, tokens: Tokens) -> Tensor:
         states = self.backbone(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
         ).last_hidden_state
-        vectors = pool(states, tokens.attention_mask, self.pooling)
+        vectors = pool(states, tokens.attention_mask, self.pooling)[:, : self.truncate_dim]
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
