@@ -62,16 +62,19 @@ def frame(tokenizer: Any, append_eos: bool | None) -> tuple[list[int], list[int]
 
 
 def _own_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    for text in itertools.chain(("a",), _pieces(tokenizer)):  # a vocabulary of words may know no "a"
-        row, inner = tokenizer(text, verbose=False)["input_ids"], _bare(tokenizer, [text])[0]
+    """Read off a text whose ids are none of the special ones: "a", or where a vocabulary has none, one of its own."""
+    special = set(tokenizer("")["input_ids"])
+    for text in itertools.chain(("a",), _words(tokenizer)):
+        row, inner = tokenizer(text)["input_ids"], _bare(tokenizer, [text])[0]
         first = next((i for i in range(len(row)) if row[i : i + len(inner)] == inner), None)
-        if inner and first is not None:
+        if inner and first is not None and not special & set(inner):
             return row[:first], row[first + len(inner) :]
-    raise ValueError("the tokenizer gives no text any token")
+    raise ValueError("the tokenizer gives no text a token of its own")
 
 
-def _pieces(tokenizer: Any) -> Iterator[str]:
-    yield from tokenizer.get_vocab()
+def _words(tokenizer: Any) -> Iterator[str]:
+    words = tokenizer.get_vocab()
+    yield from sorted(words, key=words.__getitem__)
 
 
 def _bare(tokenizer: Any, texts: list[str]) -> list[list[int]]:
