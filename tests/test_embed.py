@@ -1,5 +1,8 @@
 """Embedding: order, batches, prefixes, ranks, and vectors that must not pass."""
 
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +38,61 @@ def test_batches_do_not_change_the_vectors(pooling: str, tokens_per_batch: int):
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
     assert np.abs(vectors[1:] - expected[:-1]).max() > 0.1  # control: in another order they differ
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_batches_run_at_once_on_a_cpu(three_threads: None):
+    """Each on one of three threads: the first three wait for one another, which they could not in turn."""
+    retriever, texts = tiny_retriever(), ragged_texts(37)
+    together, met, threads = threading.Barrier(3, timeout=60), [], []
+
+    def meet(*_: object) -> None:
+        threads.append(torch.get_num_threads())
+        if len(threads) <= 3:
+            met.append(together.wait())
+
+    hook = retriever.encoder.register_forward_pre_hook(meet)
+    vectors = embed_texts(retriever, texts, "passage", 100)
+    assert sorted(met) == [0, 1, 2] and set(threads) == {1} and len(threads) > 6
+    assert torch.get_num_threads() == 3
+    hook.remove()
+    expected = np.stack([alone(retriever, text, "w1 ") for text in texts])
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+    new: list[int] = []
+    later = threading.Thread(target=lambda: new.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert new == [3]  # what else is started in the process has all threads
+
+
+def test_batches_run_in_turn_where_one_changes_the_model(three_threads: None):
+    """A rotary embedding that follows the lengths it meets; and one batch has all threads."""
+    retriever, threads = tiny_retriever(), []
+    retriever.encoder.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    embed_texts(retriever, ["w5 w6"], "query")
+    retriever.encoder.backbone.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    embed_texts(retriever, ragged_texts(37), "passage", 100)
+    assert set(threads) == {3} and len(threads) > 6
+
+
+def test_a_batch_that_fails_beside_others_is_told(three_threads: None):
+    retriever = tiny_retriever()
+
+    def fail(_: object, tokens: tuple[Tokens]) -> None:
+        if tokens[0].input_ids.shape[1] < 10:
+            raise ValueError("no room for it")
+
+    retriever.encoder.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="no room for it"):
+        embed_texts(retriever, ragged_texts(37), "passage", 100)
+    assert torch.get_num_threads() == 3
 
 
 def test_padding_that_is_not_masked_would_be_seen():

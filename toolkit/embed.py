@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,8 +28,10 @@ CHARACTERS_PER_TOKEN = 4  # more or less; only the sizes of shards depend on it
 TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 SAME = {"fp32": 1e-5, "fp16": 1e-3}  # rounding of one vector, relative to its largest element
 
+MOST_AT_ONCE = 4  # batches on a CPU: between the operations of one a thread holds Python's lock
+
 Kind = Literal["query", "passage"]
-Result = TypeVar("Result")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Retriever(NamedTuple):
@@ -232,7 +235,6 @@ def _token_rows(work: _Work, part: np.ndarray) -> list[list[int]]:
     return tokenize(tokenizer, texts, _prefix(work), settings.eval_max_tokens, settings.append_eos)
 
 
-@torch.inference_mode()
 def _embed(work: _Work, part: np.ndarray) -> np.ndarray:
     """The vectors of the texts of one shard, fp32 [rows, dim]."""
     encoder, tokenizer = work.retriever.encoder, work.retriever.tokenizer
@@ -240,13 +242,42 @@ def _embed(work: _Work, part: np.ndarray) -> np.ndarray:
     rows = _token_rows(work, part)
     limit = work.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
-    vectors, first = [], 0
+    batches, first = [], 0
     while first < len(order):
         last = first + max(1, limit // len(rows[order[first]]))  # the first is the longest of its batch
-        batch = pad([rows[row] for row in order[first:last]], pad_id(tokenizer))
-        vectors.append(encoder(Tokens(*(tensor.to(device) for tensor in batch))).float())
+        batches.append([rows[row] for row in order[first:last]])
         first = last
-    return torch.cat(vectors).cpu().numpy()[np.argsort(order)]
+
+    @torch.inference_mode()
+    def encoded(batch: list[list[int]]) -> torch.Tensor:
+        tokens = pad(batch, pad_id(tokenizer))
+        return encoder(Tokens(*(tensor.to(device) for tensor in tokens))).float()
+
+    at_once = 1 if device.type != "cpu" or _follows_lengths(encoder.backbone.config) else MOST_AT_ONCE
+    return torch.cat(_on_threads(encoded, batches, at_once)).cpu().numpy()[np.argsort(order)]
+
+
+def _on_threads(work: Callable[[Item], Result], items: list[Item], most: int) -> list[Result]:
+    """What `work` gives for each item, in order; up to `most` run at once, each on its share of torch's threads.
+
+    Of one batch on several threads every operation ends when its last thread does, and the others spin until then:
+    beside busy processes that took six times the CPU time, and longer than the batches took one thread each.
+    """
+    threads = torch.get_num_threads()
+    at_once = min(threads, most, len(items))
+    if at_once == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(at_once, "encode", torch.set_num_threads, (threads // at_once,)) as pool:
+        try:
+            return list(pool.map(work, items))
+        finally:
+            torch.set_num_threads(threads)  # what threads that are started later take over
+
+
+def _follows_lengths(config: Any) -> bool:
+    """Whether the rotary embedding changes with the lengths that it meets: batches at once would disturb each other."""
+    written = json.dumps(config.to_dict(), default=str)
+    return any(f'"rope_type": "{kind}"' in written for kind in ("dynamic", "longrope"))
 
 
 def _checked(work: _Work, part: np.ndarray, vectors: np.ndarray, dtype: Any) -> np.ndarray:
