@@ -27,11 +27,11 @@ CHARACTERS_PER_TOKEN = 4  # more or less; only the sizes of shards depend on it
 # Tokens of a batch. On a CPU larger ones are no faster a token, but hold texts of less similar lengths.
 TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 SAME = {"fp32": 1e-5, "fp16": 1e-3}  # rounding of one vector, relative to its largest element
-
 MOST_AT_ONCE = 4  # batches on a CPU: between the operations of one a thread holds Python's lock
 
 Kind = Literal["query", "passage"]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Retriever(NamedTuple):
