@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from toolkit.data.negatives import eligible, highest_score, known_positives, mining_rows, plain
+from toolkit.data.negatives import ANCHORS, anchors, eligible, known_positives, lowest_limit, mining_rows, plain
 from toolkit.data.pair_records import PairRecord
 from toolkit.recipe import MineSettings
 
@@ -62,9 +62,10 @@ def test_places_are_those_that_go_one_by_one():
         excluded = np.sort(random.permutation(90)[: random.integers(1, 30)])
         first = int(random.integers(1, 12))
         last, highest = first + int(random.integers(0, 12)), float(random.normal())
-        places, too_high = eligible(scores, indices, excluded, highest, settings(first, last))
+        places, window, ranked = eligible(scores, indices, excluded, highest, settings(first, last))
         expected = by_hand(scores, indices, set(excluded.tolist()), highest, first, last)
-        assert (places.tolist(), too_high) == expected
+        assert (places.tolist(), len(window) - len(places)) == expected
+        assert ranked == sum(index >= 0 and index not in excluded for index in indices)
         assert not set(indices[places].tolist()) & set(excluded.tolist())
         without_exclusion += by_hand(scores, indices, set(), highest, first, last) != expected
     assert without_exclusion > 50  # control: the exclusion decides
@@ -84,5 +85,12 @@ def test_places_are_those_that_go_one_by_one():
         ([2.0], {"max_share": 0.5, "max_score": 7.0}, 1.0),
     ],
 )
-def test_the_highest_score_is_below_every_positive(positives: list[float], limits: dict[str, float], highest: float):
-    assert highest_score(np.array(positives), settings(**limits)) == pytest.approx(highest, abs=1e-12)
+def test_the_highest_score_that_is_allowed(positives: list[float], limits: dict[str, float], highest: float):
+    lowest = anchors(np.array(positives))[ANCHORS.index("lowest")]
+    assert lowest_limit(lowest, settings(**limits)) == pytest.approx(highest, abs=1e-12)
+
+
+def test_what_limits_count_from():
+    assert dict(zip(ANCHORS, anchors(np.array([0.5, -0.5, 0.9])).tolist(), strict=True)) == pytest.approx(
+        {"lowest": -0.5, "mean": 0.3, "highest": 0.9}
+    )

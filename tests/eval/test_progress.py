@@ -79,7 +79,8 @@ def test_a_failure_in_the_second_collection_leaves_the_first(
     system: str, suites: list[str], counted: dict[str, Any], tmp_path: Path, capsys
 ):
     whole = run(system, suites, tmp_path / "whole", counted)
-    lines = [line.split(", ")[0] for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr().out.splitlines()
+    lines = [line.split(", ")[0] for line in said if not line.startswith("BM25 reads ")]
     bm25 = "BM25 " if system == "bm25" else ""
     names = ["small:test", "large:test", "small:dev"]
     assert lines == [f"{name}: {bm25}nDCG@10 {whole[name]['ndcg_at_10']:.4f}" for name in names]

@@ -9,8 +9,7 @@ import pytest
 from beir import write_beir, write_hub_layout
 from in_process import start
 from pairs import write
-from tiny import save_model
-from tiny_retriever import small_tokenizer
+from tiny_retriever import small_model
 
 from launcher import ahead
 from launcher.ahead import look_ahead
@@ -28,8 +27,7 @@ TINY = Path(__file__).parent.parent.parent / "recipes" / "tiny" / "contrastive.j
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
     """Two contrastive stages on twenty pairs, from a model with its tokenizer in a folder."""
-    save_model(tmp_path / "model", "llama")
-    small_tokenizer("bos").save_pretrained(tmp_path / "model")
+    small_model("llama", tmp_path / "model", "bos")
     path = write(tmp_path / "pairs.jsonl", *PAIRS)
     written = json.loads(TINY.read_text())
     first = written["stages"][1] | {"name": "one", "start": {"folder": str(tmp_path / "model")}, "lora": None}
