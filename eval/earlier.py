@@ -37,6 +37,14 @@ def read_earlier(folder: Path, record: dict[str, Any]) -> Earlier | None:
         return None
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds no finished result; true also where an evaluation was killed before its first scores."""
+    try:
+        return not _json(folder / "metrics.json").get("finished", True)  # which earlier versions do not say
+    except DAMAGED:
+        return True
+
+
 def remove_other(folder: Path) -> None:
     """Delete the files of the result in a folder, which another one is about to take the place of."""
     try:

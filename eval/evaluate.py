@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.answers import accuracies
+from eval.earlier import is_unfinished
 from eval.mteb_encoder import score_by_mteb
 from eval.mteb_files import name_scored
 from eval.progress import Progress
@@ -27,7 +28,7 @@ from toolkit.prepare import on_every_rank, together
 from toolkit.recipe import EvalSettings, RecipeError
 from toolkit.retriever_settings import for_task, with_settings
 from toolkit.search import search, search_among
-from toolkit.vectors import Store, adopt, discard, gather_rows, leave
+from toolkit.vectors import Store, adopt, gather_rows, leave
 from toolkit.words import reading_of
 
 
@@ -82,7 +83,8 @@ def evaluate(
     retriever = with_settings(retriever, changes)
     checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
     store = Store(vectors or folder / "vectors", checkpoint, changes.vectors_dtype)
-    on_rank_zero(lambda: adopt(store, folder / "vectors"))
+    if vectors is None or vectors.resolve() != (folder / "vectors").resolve():  # there the user keeps them
+        on_rank_zero(lambda: adopt(folder / "vectors", store) if is_unfinished(folder) else None)
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int) -> Ranked:
         prompted = for_task(retriever, changes, task.task_name, task.task_type)
@@ -150,7 +152,7 @@ def evaluate_bm25(
     record = {"label": "BM25", "step": None, "system": system, "identical_ids": changes.identical_ids}
     settings = {key: value for key, value in changes.model_dump().items() if key.startswith("bm25_")}
     scored = name_scored("BM25", [system, changes.identical_ids, settings])
-    on_rank_zero(lambda: discard(folder / "vectors"))
+    on_rank_zero(lambda: adopt(folder / "vectors", None) if is_unfinished(folder) else None)
     return _evaluate(rank_documents, None, suites, changes, Progress(folder, record | {"mteb": scored._asdict()}, None))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from eval.tasks import Task
 from toolkit.collectives import rank
+from toolkit.data.beir import beir_rows
 from toolkit.data.faults import RowFault
 from toolkit.data.lines import decoded, numbered_lines
 from toolkit.data.records import kind_of
@@ -148,5 +149,8 @@ def warn_unused(folder: Path, task: str) -> None:
     names = [
         name for name in ("excluded", "candidates") if (folder / f"{name}.tsv").exists() or (folder / name).is_dir()
     ]
+    path = folder / "queries.jsonl"
+    if path.is_file() and any(excluded_ids(row, at) for _, row, at in beir_rows(path)):
+        names.append(FIELD)
     if names:
         _warn(f"{folder}: read as mteb's {task}, so {' and '.join(names)} do not count; name the folder alone")

@@ -5,8 +5,10 @@ Called by embed, which fills the shards, and by search, which reads them.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from toolkit.files import replace_text, sha256
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 ROWS_PER_GATHER = 65536  # vectors travel between ranks in blocks: all at once they would not fit on a GPU
+_CHECKPOINT = re.compile("[0-9a-f]{16}")
 
 
 class Shard(NamedTuple):
@@ -145,13 +148,25 @@ def _record_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def adopt(store: Store, left: Path) -> None:
-    """Move into a store what an interrupted encoding by the same checkpoint left in another folder; the rest goes.
+def adopt(left: Path, store: Store | None) -> None:
+    """Clear away the vectors that an interrupted evaluation left in a folder, and say so.
 
-    A line says so; nothing is done where `left` is the store's folder itself, or not there.
+    Those of the store's checkpoint move into the store, or stay if they are in it; those of others are deleted. Nothing
+    is touched that `encode` did not write.
     """
-    if not left.is_dir() or left.resolve() == store.folder.resolve():
+    inside = store is not None and left.resolve() == store.folder.resolve()
+    kept = {store.checkpoint} if store is not None and inside else set()
+    found = [folder for folder in _checkpoints(left) if folder.name not in kept]
+    if not found:
         return
+    moved = 0 if store is None or inside else _move(left, store)
+    _delete(found, left)
+    did = f"{moved:,} shards moved to {store.folder}" if moved and store is not None else "deleted"
+    print(f"vectors: {left}: left by an interrupted evaluation; {did}", flush=True)
+
+
+def _move(left: Path, store: Store) -> int:
+    """Move shards of a store's checkpoint into it; returns how many."""
     moved = 0
     for path in sorted((left / store.checkpoint).rglob("*")):
         place = store.folder / path.relative_to(left)
@@ -159,21 +174,27 @@ def adopt(store: Store, left: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, place)
             moved += path.suffix == ".npy"
-    shutil.rmtree(left)
-    print(f"vectors: {left}: left by an interrupted evaluation; {moved:,} shards moved to {store.folder}", flush=True)
+    return moved
 
 
-def discard(left: Path) -> None:
-    """Delete the vectors that an interrupted evaluation left in a folder, and say so; nothing if there are none."""
-    if left.is_dir():
-        shutil.rmtree(left)
-        print(f"vectors: {left}: left by an interrupted evaluation; deleted", flush=True)
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders of single checkpoints that `encode` wrote in a folder."""
+    below = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in below if _CHECKPOINT.fullmatch(path.name) and any(path.glob("*/encoding.json"))]
+
+
+def _delete(checkpoints: list[Path], folder: Path) -> None:
+    """Delete folders of checkpoints, and the folder that holds them if nothing else is in it."""
+    for path in checkpoints:
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # it holds something else, or is not there
+        folder.rmdir()
 
 
 def leave(store: Store, keep: bool) -> None:
-    """Delete a store's folder once its vectors were used, or say in one line what it holds of other checkpoints."""
+    """Delete a store's vectors once they were used, or say in one line what it holds of other checkpoints."""
     if not keep:
-        shutil.rmtree(store.folder, ignore_errors=True)
+        _delete([store.folder / store.checkpoint], store.folder)
         return
     if not store.folder.is_dir():  # nothing was encoded into it: mteb's own tasks keep no vectors
         return

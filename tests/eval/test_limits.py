@@ -144,6 +144,14 @@ def test_what_cannot_be_found_is_warned_of(tmp_path: Path, capsys):
     ]
     list(load_suite(f"SciFact={folder}"))
     assert "read as mteb's SciFact, so excluded and candidates do not count" in capsys.readouterr().err
+    for name in ("excluded", "candidates"):
+        (folder / f"{name}.tsv").unlink()
+    queries = folder / "queries.jsonl"
+    rows = [json.loads(line) for line in queries.read_text().splitlines()]
+    for ids, warned in ((["N/A"], False), (["d3"], True)):
+        queries.write_text("".join(json.dumps(row | {"excluded_ids": ids}) + "\n" for row in rows))
+        list(load_suite(f"SciFact={folder}"))
+        assert ("read as mteb's SciFact, so excluded_ids do not count" in capsys.readouterr().err) == warned
 
 
 PAIRS = {

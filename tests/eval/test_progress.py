@@ -229,8 +229,10 @@ def test_vectors_of_an_interrupted_evaluation_do_not_stay(
         run("dense", suites, out, counted)
     shards = len(list(left.rglob("*.npy")))
     assert shards > 3
-    (left / "other" / "passage_x").mkdir(parents=True)
-    (left / "other" / "passage_x" / "00000.npy").write_bytes(b"of other weights")
+    other = left / ("0" * 16) / "passage_x"
+    other.mkdir(parents=True)
+    (other / "00000.npy").write_bytes(b"of other weights")
+    (other / "encoding.json").write_text("{}")
     counted["fail"] = None
     capsys.readouterr()
     if resumed == "bm25":
@@ -240,12 +242,32 @@ def test_vectors_of_an_interrupted_evaluation_do_not_stay(
         run("dense", suites, out, counted, changes=EvalSettings(vectors_dtype="fp16"))  # pyright: ignore[reportCallIssue]
     elif resumed == "inside":  # they are kept where the user says so
         run("dense", suites, out, counted, vectors=left)
-        assert counted["texts"] == 5 and len(list(left.rglob("*.npy"))) > shards
+        assert counted["texts"] == 5 and len(list(left.rglob("*.npy"))) > shards and other.is_dir()
         return
     else:
         run("dense", suites, out, counted, vectors=tmp_path / "kept")
         line = f"vectors: {left}: left by an interrupted evaluation; {shards} shards moved to {tmp_path / 'kept'}"
         assert line in capsys.readouterr().out
         assert counted["texts"] == 5  # queries of the third collection: what was encoded is used
-        assert not (tmp_path / "kept" / "other").exists()
+        assert not (tmp_path / "kept" / other.parent.name).exists()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("system", ["bm25", "dense", "elsewhere"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_is_not_of_an_interrupted_evaluation_stays(
+    finished: bool, system: str, suites: list[str], counted: dict[str, Any], tmp_path: Path
+):
+    """A user's own files, in any case; and vectors that a finished evaluation was told to keep there."""
+    out, left = tmp_path / "out", tmp_path / "out" / "vectors"
+    other = left / ("0" * 16) / "passage_x"
+    other.mkdir(parents=True)
+    (other / "encoding.json").write_text("{}")
+    (left / "mine.txt").write_text("not the toolkit's")
+    (left / "1234").mkdir()
+    if finished:
+        (out / "metrics.json").write_text(json.dumps({"finished": True}))
+    elsewhere = {"vectors": tmp_path / "kept"} if system == "elsewhere" else {}
+    run("bm25" if system == "bm25" else "dense", suites, out, counted, **elsewhere)
+    there = {path.name for path in left.iterdir()}
+    assert there == {"mine.txt", "1234"} | ({"0" * 16} if finished else set())
