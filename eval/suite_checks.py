@@ -12,8 +12,9 @@ from typing import NamedTuple
 from eval.folders import choose_split, folder_and_split, is_folder
 from eval.suites import STDLIB, find_tasks, load_suite, means_folder, mteb_name
 from toolkit.data.beir import beir_rows, beir_splits, read_judgements
-from toolkit.data.hub import Unreachable, hub_error
+from toolkit.data.hub import hub_error
 from toolkit.data.source_files import is_hub_layout
+from toolkit.recipe import RecipeError
 
 _FIRST = 100  # rows of a corpus and of queries that are looked at
 
@@ -24,6 +25,10 @@ class HubData(NamedTuple):
     name: str
     revision: str
     searched: bool  # read by the datasets library alone, as retrieval tasks are
+
+
+class NotKnown(RecipeError):
+    """Nothing is wrong as far as can be seen."""
 
 
 def check_suite(name: str) -> Iterator[HubData]:
@@ -57,6 +62,7 @@ def check_on_hub(data: HubData) -> None:
     Raises:
         RecipeError: if there is none, or no access to it.
         Unreachable: without network and without a copy in the cache.
+        NotKnown: if only mteb can tell, which loads the data of some tasks in ways of its own.
     """
     import datasets
 
@@ -67,7 +73,7 @@ def check_on_hub(data: HubData) -> None:
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if data.searched or "DatasetNotFoundError" in kinds:
             raise problem from None
-        raise Unreachable(f"dataset {data.name}: only mteb can tell whether it can be loaded") from None
+        raise NotKnown(f"dataset {data.name}: only mteb can tell whether it can be loaded") from None
 
 
 def _check_folder(name: str) -> None:

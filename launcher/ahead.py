@@ -6,7 +6,7 @@ Called by launcher/stages.py before the first stage and by --dry-run.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from eval.suite_checks import HubData, check_on_hub, check_suite
+from eval.suite_checks import HubData, NotKnown, check_on_hub, check_suite
 from eval.suites import check_prompts, expand
 from toolkit.data.first_look import Look, count_rows, look, no_negatives, too_few
 from toolkit.data.hub import Unreachable, reachable
@@ -55,7 +55,11 @@ def look_ahead(recipe: Recipe, dry: bool) -> Ahead:
 def _add(found: Ahead, at: str, error: RecipeError, dry: bool) -> None:
     """A problem at a key of the recipe; what only the hub could tell is none in a dry run."""
     line = f"{at}: {str(error).removeprefix('data.sources: ')}"
-    (found.unchecked if dry and isinstance(error, Unreachable) else found.problems).append(line)
+    if isinstance(error, NotKnown) and not dry:
+        found.warnings.append(f"{line}; the run ends there if it cannot")
+    else:
+        left = isinstance(error, NotKnown) or (dry and isinstance(error, Unreachable))
+        (found.unchecked if left else found.problems).append(line)
 
 
 # --------------------------------------------------------------------------- sources

@@ -76,7 +76,9 @@ def test_columns_of_texts_are_named_too(tmp_path: Path, form: str, row: Any, fie
 def test_the_split_and_the_number_of_files_are_said(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", PAIR)
     write(tmp_path / "test.jsonl", PAIR)
-    assert looked(tmp_path, split="train").line.startswith(f"{tmp_path}, split train (1 of 2 files): query = anchor")
+    assert looked(tmp_path, split="train").line.startswith(
+        f"{tmp_path}, split train (train.jsonl: 1 of 2 files): query = anchor"
+    )
 
 
 def test_a_later_file_with_other_columns_is_seen_in_its_first_rows(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from pairs import write
 
 from toolkit.data.records import read_source
-from toolkit.data.source_files import source_files
+from toolkit.data.source_files import other_files, source_files
 from toolkit.recipe import FolderSource, RecipeError
 
 
@@ -87,19 +87,34 @@ def test_a_folder_without_splits_or_of_one_is_read_as_it_is(tmp_path: Path) -> N
     assert names(tmp_path / "none") == ["b.parquet", "contest.jsonl.gz", "latest.jsonl"]
     make(tmp_path / "one", "train-1.jsonl", "train-2.jsonl")
     assert names(tmp_path / "one") == ["train-1.jsonl", "train-2.jsonl"]
-    assert error(tmp_path / "none", "train") == (
-        "has no split 'train'; no name of b.parquet, contest.jsonl.gz, latest.jsonl says one; set it to null"
+    assert error(tmp_path / "none", "dev") == (
+        "has no split 'dev'; no name of b.parquet, contest.jsonl.gz, latest.jsonl says one; set it to null"
     )
+    assert names(tmp_path / "none", "train") == names(tmp_path / "none")  # the default of earlier versions
     make(tmp_path / "below", "en/a.jsonl", "fr/b.jsonl", ".cache/hidden.jsonl")
     assert names(tmp_path / "below") == ["en/a.jsonl", "fr/b.jsonl"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("split", "train"), ("config", "a")])
+@pytest.mark.parametrize(("key", "value"), [("split", "test"), ("config", "a")])
 def test_a_file_has_neither_split_nor_configuration(tmp_path: Path, key: str, value: str) -> None:
     path = make(tmp_path, "a.jsonl") / "a.jsonl"
     with pytest.raises(RecipeError) as caught:
         source_files(source(path, **{key: value}))
     assert str(caught.value) == f"data.sources: {path} is one file, which has no {key}; set {key} to null"
+    assert source_files(source(path, split="train")) == [path]  # the default of earlier versions
+
+
+@pytest.mark.parametrize("held", ["testset.jsonl", "nq_tst.jsonl", "holdout.jsonl", "heldout-1.jsonl"])
+def test_other_words_for_held_out_data_are_known(tmp_path: Path, held: str) -> None:
+    make(tmp_path, "a.jsonl", held)
+    assert error(tmp_path).startswith("holds files of several splits (")
+
+
+def test_files_of_other_formats_are_named(tmp_path: Path) -> None:
+    make(tmp_path, "dev.jsonl")
+    for name in ("train.json", "more.csv", "README.md", "dataset_info.json", ".hidden.json"):
+        (tmp_path / name).write_text("{}")
+    assert other_files([tmp_path / "dev.jsonl"]) == ["more.csv", "train.json"]
 
 
 # --------------------------------------------------------------------------- as downloaded from the hub

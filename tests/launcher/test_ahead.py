@@ -185,6 +185,37 @@ def test_a_wrong_id_is_an_error_where_the_hub_answers(tmp_path: Path, recipe, mo
     assert problem.startswith("stages.0.data.sources.0: dataset no id: cannot be loaded (Repo id must")
 
 
+def test_what_only_mteb_can_tell_ends_no_run(tmp_path: Path, recipe, monkeypatch) -> None:
+    """Of tasks that are not searched mteb may load the data in its own ways; of searched ones nobody else does."""
+
+    def odd(*_: Any, **__: Any) -> None:
+        raise RuntimeError("scripts are no longer supported")
+
+    monkeypatch.setattr(ahead, "reachable", lambda: True)
+    monkeypatch.setattr("datasets.get_dataset_config_names", odd)
+    recipe["stages"][0]["eval"] = {"suites": ["Banking77Classification", "SciFact"]}
+    for dry_run, place in ((True, "unchecked"), (False, "warnings")):
+        found = look_ahead(loaded(tmp_path, recipe), dry_run)
+        (told,) = (line for line in getattr(found, place) if "suites.0" in line)
+        assert told.startswith("stages.0.eval.suites.0: dataset mteb/banking77: only mteb can tell")
+        assert [line.split(": ")[0] for line in found.problems] == ["stages.0.eval.suites.1"]
+
+
+def test_a_slice_of_a_split_is_looked_at_as_the_split(tmp_path: Path, recipe, monkeypatch) -> None:
+    asked = []
+
+    def load(*_: Any, split: str, **__: Any) -> Any:
+        asked.append(split)
+        return iter(PLAIN)
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(ahead, "reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    source = {"hub": "some/pairs", "split": "train[:2]+test", "format": "pairs"}
+    recipe["stages"][0]["data"] = {"sources": [source], "negatives": 0}
+    assert look_ahead(loaded(tmp_path, recipe), dry=False).problems == [] and set(asked) == {"train+test"}
+
+
 def test_some_rows_without_negatives_are_a_warning(tmp_path: Path, recipe, monkeypatch, capsys) -> None:
     rows = [row | {"negative_1": None} if i % 4 else row for i, row in enumerate(PAIRS)]
     write(tmp_path / "pairs.jsonl", *rows)

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from toolkit.data.faults import Skipped, listed, skipping
 from toolkit.data.lines import numbered_lines
 from toolkit.data.pair_records import Layout, PairRecord, PairSource, first_pairs, pair_files, pair_layout, read_pairs
 from toolkit.data.records import Record, RowFault, first_records, read_rows, text_columns
-from toolkit.data.source_files import data_files, source_files
+from toolkit.data.source_files import data_files, other_files, source_files
 from toolkit.files import expanded
 from toolkit.recipe import Data, FolderSource, HubSource, RecipeError, StdlibSource, one_line, source_name
 
@@ -102,15 +103,22 @@ def _held(each: Look) -> str:
 
 
 def _name(source: HubSource | FolderSource) -> str:
-    """A source with its split and, of a folder, how many of its data files are read."""
+    """A source with its split and, of a folder, which of its files are read and which are not."""
     if isinstance(source, HubSource):
         return f"dataset {source.hub}, split {source.split}"
     split = "" if source.split is None else f", split {source.split}"
     path = expanded(source.folder)
     if not os.path.isdir(path):
         return source.folder
-    read, there = len(source_files(source)), len(data_files(path))
-    return f"{source.folder}{split} ({read} of {there} files)" if (read, there) != (1, 1) else f"{source.folder}{split}"
+    read, there = source_files(source), len(data_files(path))
+    said = [] if len(read) == there == 1 else [f"{_names(read)}: {len(read)} of {there} files"]
+    if others := other_files(read):
+        said.append(f"not read, as they are no .jsonl, .jsonl.gz or .parquet: {listed(others)}")
+    return f"{source.folder}{split}" + (f" ({'; '.join(said)})" if said else "")
+
+
+def _names(files: list[Path]) -> str:
+    return ", ".join([*(file.name for file in files[:3]), *(["..."] if len(files) > 3 else [])])
 
 
 def _columns(source: HubSource | FolderSource, skipped: Skipped | None) -> list[list[str]]:

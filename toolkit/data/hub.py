@@ -4,6 +4,7 @@ Called by the readers of records and of pairs.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -47,7 +48,8 @@ def first_of_hub(source: HubSource, most: int) -> Any:
         return dataset.select(range(min(most, len(dataset))))
 
     def load(*names: Any, split: str, streaming: bool) -> Any:
-        rows = list(islice(datasets.load_dataset(*names, split=split, streaming=True), most))
+        whole = re.sub(r"\[[^]]*\]", "", split)  # of "train[:10%]" any rows of train show the columns
+        rows = list(islice(datasets.load_dataset(*names, split=whole, streaming=True), most))
         return datasets.Dataset.from_list(rows)
 
     return load_from_hub(source, load)

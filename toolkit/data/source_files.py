@@ -14,12 +14,16 @@ from toolkit.files import expanded
 from toolkit.recipe import FolderSource, RecipeError, one_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+# Of files that hold data too, and are not read; but for what libraries write beside data.
+OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".xz", ".bz2", ".zip", ".gz")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "mined.json")
+DESCRIPTIONS += ("license.txt", "readme.txt")
 
-# The words by which the datasets library tells the split of a file from its name or its folder's.
+# The words by which the datasets library tells the split of a file from its name or its folder's, and some more.
 SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trainset", "trn"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val", "devset"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "testset", "tst", "holdout", "heldout"), "test"),
 }
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")  # the library's own name for a file of any split
@@ -39,7 +43,7 @@ def source_files(source: FolderSource) -> list[Path]:
     path, named = expanded(source.folder), one_line(source.folder)
     if os.path.isfile(path) and path.name.endswith(SUFFIXES):
         for key, value in (("split", source.split), ("config", source.config)):
-            if value is not None:
+            if value is not None and (key, value) != ("split", "train"):  # the default of earlier versions
                 raise RecipeError(f"data.sources: {named} is one file, which has no {key}; set {key} to null")
         return [path]
     if not os.path.isdir(path):
@@ -75,6 +79,14 @@ def data_files(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 
+def other_files(read: Iterable[Path]) -> list[str]:
+    """Names of files of data in other formats beside those that are read, sorted."""
+    beside = {path.parent for path in read}
+    names = {path.name for folder in beside for path in folder.iterdir() if path.is_file()}
+    names = {name for name in names if name.lower().endswith(OTHER_SUFFIXES) and not name.endswith(SUFFIXES)}
+    return sorted(name for name in names if name.lower() not in DESCRIPTIONS and not name.startswith("."))
+
+
 def _raise(error: OSError) -> None:
     raise error
 
@@ -105,6 +117,8 @@ def _chosen(named: str, splits: dict[str, list[Path]], rest: list[Path], wanted:
         found += [f"of no split: {_names(rest)}"] if rest else []
         fix = f"set split to {' or '.join(splits)}, or name a file in place of the folder"
         raise RecipeError(one_line(f"data.sources: {named} holds files of several splits ({'; '.join(found)}); {fix}"))
+    if wanted == "train" and not splits:  # the default of earlier versions, where no name says a split
+        return rest
     alike = [split for split in splits if SPLIT_WORDS.get(split) == wanted]  # dev for validation
     files = [file for split in ([wanted] if wanted in splits else alike) for file in splits[split]]
     if not files:
