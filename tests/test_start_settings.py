@@ -154,6 +154,13 @@ def test_an_export_and_its_adapter_name_all_they_were_trained_with(name: str, tm
         assert read == made.settings.model_dump(include=set(EncoderKeys.model_fields)) | {"max_tokens": 24}
 
 
+def test_an_export_that_cuts_its_vectors_is_said(tmp_path: Path):
+    folder = make(CASES["bert_full"], tmp_path / "base").write(tmp_path / "export")
+    change(folder / "config_sentence_transformers.json", truncate_dim=8)
+    (note,) = resolve(recipe_of(({"folder": str(folder)}, {})), 0).notes
+    assert note.startswith("note: stages.0.encoder: the start model cuts vectors to 8 dimensions (truncate_dim in ")
+
+
 def test_an_adapter_alone_has_the_settings_of_its_base(tmp_path: Path):
     base = model(tmp_path / "st", Normalize())
     made = make(CASES["bert_lora"], tmp_path / "own")

@@ -25,7 +25,8 @@ _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
     """The documents of a stage's sources, tokenized and stored once below `run`'s parent, which all nodes must see.
 
-    `tokenizer_folder` is that of the model: config.json tells which ids have an embedding. The cache is keyed by what the sources hold, wherever they lie.
+    `tokenizer_folder` is that of the model: config.json tells which ids have an embedding. The
+    cache is keyed by what the sources hold, wherever they lie.
 
     Raises:
         RecipeError: for malformed or empty data, files that change while they are read, or a tokenizer that does not

@@ -75,11 +75,8 @@ def named_by_folder(folder: Path) -> Named:
     longest, file, cut = _longest(folder)
     values |= dict.fromkeys(("max_tokens", "eval_max_tokens"), longest)
     files |= dict.fromkeys(("max_tokens", "eval_max_tokens"), file)
-    if options.get("truncate_dim") is not None:
-        notes.append(
-            f"cuts vectors to {options['truncate_dim']} dimensions (truncate_dim in {OPTIONS}); training and export "
-            "take all of them"
-        )
+    if (kept := truncate_dim(folder)) is not None:
+        notes.append(cut_note(kept))
     return Named(values, files, [*notes, *cut, *_transformer_notes(folder)], pooling.get("include_prompt", True))
 
 
@@ -88,6 +85,21 @@ def prefixes(prompts: dict[str, str], default_name: str | None) -> tuple[str, st
     default = prompts.get(default_name or "", "")
     passage = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
     return prompts.get("query", default), passage
+
+
+def truncate_dim(folder: Path) -> int | None:
+    """The first dimensions of a vector that a folder keeps; None: all. RecipeError for what is no such number."""
+    kept = (_read(folder / OPTIONS) if (folder / OPTIONS).is_file() else {}).get("truncate_dim")
+    if kept is not None and (type(kept) is not int or kept < 1):
+        raise RecipeError(
+            f"{folder / OPTIONS}: truncate_dim {json.dumps(kept)} is no number of dimensions; write one, or null"
+        )
+    return kept
+
+
+def cut_note(kept: int) -> str:
+    """The remark on a model that keeps the first dimensions alone."""
+    return f"cuts vectors to {kept} dimensions (truncate_dim in {OPTIONS}); training and export take all of them"
 
 
 def prompt_problem(pooling: str, *prompts: str) -> str:

@@ -33,7 +33,7 @@ from toolkit.recipe import (
     Start,
 )
 from toolkit.recipe_checks import cross_checks
-from toolkit.sentence_settings import MODULES, OUR_POOLING, Named, named_by_folder, prompt_problem
+from toolkit.sentence_settings import MODULES, OUR_POOLING, Named, cut_note, named_by_folder, prompt_problem
 
 SMALL_FILES = ["*.json", "1_Pooling/*", "*/config.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_SMALL = ["*.safetensors", "*.safetensors.index.json", "*.bin", "onnx/*", "openvino/*"]
@@ -228,8 +228,10 @@ def _in_folder(folder: Path, model: str) -> _Origin:
     base = _of_start(_base(folder)) if holds_bare_adapter(folder) else None
     ends = _ends(folder) if base is None else base.ends  # an adapter is trained with the tokenizer of its base
     if (folder / "export.json").is_file():
-        values = read_settings(folder).model_dump(include=set(EncoderKeys.model_fields))
-        return _Origin(Named(values, dict.fromkeys(values, "export.json"), []), model, ends)
+        settings = read_settings(folder)
+        values = settings.model_dump(include=set(EncoderKeys.model_fields))
+        notes = [] if settings.truncate_dim is None else [cut_note(settings.truncate_dim)]
+        return _Origin(Named(values, dict.fromkeys(values, "export.json"), notes), model, ends)
     if (folder / MODULES).is_file():
         return _Origin(named_by_folder(folder), model, ends)
     return base or _Origin(Named({}, {}, []), model, ends)

@@ -18,8 +18,8 @@ from launcher.dry_run import describe
 from toolkit.objectives.revela import build_revela
 from toolkit.recipe import RecipeError, Stage, load_recipe
 
-NOT_LOOKED = Ahead([], [], [], [], {})  # at the data
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
+NOTHING_SEEN = Ahead([], [], [], [], {})  # of the data
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def stage(folder: Path, start: Path, lm: Path, lora: Any = None) -> tuple[Any, S
 def said(folder: Path, start: Path, lm: Path, lora: Any = None) -> str:
     recipe, _ = stage(folder, start, lm, lora)
     with pytest.raises(RecipeError) as caught:
-        describe(recipe, 1, 1, NOT_LOOKED)
+        describe(recipe, 1, 1, NOTHING_SEEN)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -63,7 +63,7 @@ def test_a_language_model_that_sees_its_targets_is_refused(changes: Any, fine: P
 def test_a_tokenizer_of_another_model_is_named_for_both_models_of_a_stage(fine: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", "llama")  # of 96 tokens
     small_tokenizer("bos").save_pretrained(other)
-    describe(stage(tmp_path, fine, fine)[0], 1, 1, NOT_LOOKED)
+    describe(stage(tmp_path, fine, fine)[0], 1, 1, NOTHING_SEEN)
     for start, lm in ((other, fine), (fine, other)):
         line = said(tmp_path, start, lm)
         assert (
@@ -83,7 +83,7 @@ def test_an_adapter_is_held_against_its_base_and_the_lora_section(fine: Path, tm
     adapter = tmp_path / "adapter"
     config = LoraConfig(r=4, lora_alpha=8, target_modules=r"model\.layers\.\d+\..*(q|down)_proj", task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(fine), config).save_pretrained(adapter)  # pyright: ignore
-    describe(stage(tmp_path, adapter, fine, LORA)[0], 1, 1, NOT_LOOKED)
+    describe(stage(tmp_path, adapter, fine, LORA)[0], 1, 1, NOTHING_SEEN)
     line = said(tmp_path, adapter, fine, LORA | {"targets": ["q_proj"]})
     assert line.endswith("and start from those full weights, or set lora to rank 4, alpha 8, targets down_proj, q_proj")
     change_config(fine, num_hidden_layers=3, layer_types=None)
