@@ -260,6 +260,16 @@ def test_vectors_are_cut_to_the_dimensions_that_a_folder_names(by: str | None, m
     assert embed_texts(shorter, TEXTS, "query").shape == (len(TEXTS), 8)
 
 
+def test_a_class_of_its_own_is_said_and_not_run(tmp_path: Path, capfd):
+    folder = save(tmp_path, "bert", "wordpiece", Normalize())
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    (folder / "modeling_own.py").write_text("raise SystemExit('foreign code ran')")
+    load_any(str(folder), None, changes(), CPU)
+    line = f"warning: {folder}: config.json names a class of its own (modeling_own.Own), whose code is not run; the "
+    assert capfd.readouterr().err.count(line + "standard BertModel is used, so check that its vectors are those ") == 1
+
+
 @pytest.mark.parametrize("place", ["export.json", "config_sentence_transformers.json"])
 @pytest.mark.parametrize("name", ["llama_lora", "bert_full", "qwen2_full"])
 def test_vectors_of_an_export_are_cut_as_its_files_say(name: str, place: str, tmp_path: Path):

@@ -175,6 +175,7 @@ def _write_model(folder: Path, model: nn.Module, state: dict[str, Tensor], dtype
     save_torch_state_dict(_on_cpu(state, dtype), folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
     config.dtype = dtype
     config.architectures = [type(model).__name__]
+    vars(config).pop("auto_map", None)  # a class of its own that was not trained
     config.save_pretrained(folder)
 
 
