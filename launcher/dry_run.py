@@ -40,9 +40,10 @@ def dry_run(recipe: Recipe, only: int | None, world_size: int) -> str:
     Raises:
         RecipeError: with every problem found, one a line.
     """
-    found = look_ahead(recipe, dry=True)
+    stages = list(range(len(recipe.stages))) if only is None else [only]
+    found = look_ahead(recipe, dry=True, stages=stages)
     problems, blocks = list(found.problems), []
-    for index in range(len(recipe.stages)) if only is None else [only]:
+    for index in stages:
         try:
             blocks.append(describe(recipe, index, world_size, found))
         except RecipeError as error:

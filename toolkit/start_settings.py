@@ -133,13 +133,25 @@ def resolve(recipe: Recipe, index: int) -> Resolved:
     first = index
     while recipe.stages[first].start == "previous":
         first -= 1
-    origin = _of_start(recipe.stages[first].start)
+    start = recipe.stages[first].start
+    if isinstance(start, FolderStart) and (problem := _no_model(expanded(start.folder))):
+        raise RecipeError(f"stages.{first}.start: {problem}")
+    origin = _of_start(start)
     resolved = _complete(recipe, first, origin)
     for number in range(first + 1, index + 1):
         files = dict.fromkeys(EncoderKeys.model_fields, f"stages.{number - 1}.encoder")
         origin = _Origin(Named(resolved.encoder.model_dump(), files, []), "the stage before", origin.ends)
         resolved = _complete(recipe, number, origin)
     return resolved
+
+
+def _no_model(folder: Path) -> str:
+    """Why a folder can hold neither a model nor an adapter; empty if it can."""
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist; name a folder that holds a model"
+    if not (folder / "config.json").is_file() and not holds_bare_adapter(folder):
+        return f"{folder} holds no config.json; name a folder that holds a model"
+    return ""
 
 
 def _complete(recipe: Recipe, index: int, origin: _Origin) -> Resolved:

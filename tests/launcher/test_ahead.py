@@ -9,12 +9,11 @@ import pytest
 from beir import write_beir, write_hub_layout
 from in_process import start
 from pairs import write
-from tiny import save_model
-from tiny_retriever import small_tokenizer
+from tiny_retriever import small_model
 
 from launcher import ahead
 from launcher.ahead import look_ahead
-from launcher.stages import check_ahead
+from launcher.stages import check_ahead, unfinished
 from toolkit.data import hub
 from toolkit.data.tokens import tokenize
 from toolkit.models.backbone import load_tokenizer
@@ -28,8 +27,7 @@ TINY = Path(__file__).parent.parent.parent / "recipes" / "tiny" / "contrastive.j
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
     """Two contrastive stages on twenty pairs, from a model with its tokenizer in a folder."""
-    save_model(tmp_path / "model", "llama")
-    small_tokenizer("bos").save_pretrained(tmp_path / "model")
+    small_model("llama", tmp_path / "model", "bos")
     path = write(tmp_path / "pairs.jsonl", *PAIRS)
     written = json.loads(TINY.read_text())
     first = written["stages"][1] | {"name": "one", "start": {"folder": str(tmp_path / "model")}, "lora": None}
@@ -158,6 +156,22 @@ def test_without_the_hub_a_dry_run_says_what_it_did_not_check(tmp_path: Path, re
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("stages.0.data.sources.0: dataset nobody/nothing: the hub cannot be reached (")
     assert lines[1].startswith("stages.1.eval.suites.0: dataset mteb/scifact: the hub cannot be reached (")
+
+
+def test_what_a_finished_or_another_stage_read_may_be_gone(tmp_path: Path, recipe, monkeypatch, capsys) -> None:
+    whole = loaded(tmp_path, on_hub(recipe))
+    run = tmp_path / "resumed"
+    assert [unfinished(whole, run, only) for only in (None, 0, 1)] == [[0, 1], [0], [1]]
+    with pytest.raises(RecipeError, match=r"stages.0.data.sources.0: dataset nobody/nothing: the hub cannot be"):
+        check_ahead(whole, 1, [0, 1])
+    check_ahead(whole, 1, unfinished(whole, run, 1))
+    (run / "stage_0_one").mkdir(parents=True)
+    (run / "stage_0_one" / "done.json").write_text("{}")
+    assert unfinished(whole, run, None) == [1]
+    check_ahead(whole, 1, unfinished(whole, run, None))
+    capsys.readouterr()
+    assert start(tmp_path, recipe, monkeypatch, "--dry-run", "--stage", "1") == 0
+    assert "not checked" not in capsys.readouterr().out
 
 
 def test_a_wrong_id_is_an_error_where_the_hub_answers(tmp_path: Path, recipe, monkeypatch) -> None:
