@@ -3,7 +3,7 @@
 Called by launcher/stages.py before the first stage and by --dry-run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from eval.suite_checks import HubData, NotKnown, check_on_hub, check_suite
@@ -26,16 +26,18 @@ class Ahead(NamedTuple):
     looks: dict[tuple[int, int], Look]  # (stage, source) -> its first rows; without those that have a problem
 
 
-def look_ahead(recipe: Recipe, dry: bool) -> Ahead:
-    """Look at the first rows of every source of every stage, and for every suite.
+def look_ahead(recipe: Recipe, dry: bool, stages: Collection[int] | None = None) -> Ahead:
+    """Look at the first rows of every source of the stages that are to be run, and for every suite.
 
     Args:
         dry: what the hub would have to tell is left unchecked where it cannot be reached; else that is a problem,
             unless the local cache has it.
+        stages: the numbers of those; None: all.
     """
     found = Ahead([], [], [], [], {})
     known: dict[str, Look | RecipeError] = {}
-    for index, stage in enumerate(recipe.stages):
+    for index in range(len(recipe.stages)) if stages is None else stages:
+        stage = recipe.stages[index]
         for number, source in enumerate(stage.data.sources):
             key = f"{source.model_dump_json()} {stage.data.negatives} {stage.data.faulty_rows}"
             if key not in known:

@@ -13,6 +13,7 @@ from toolkit.data.spans import cut
 from toolkit.data.tokens import tokenize
 from toolkit.files import expanded
 from toolkit.models.backbone import load_tokenizer
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.prepare import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter
 from toolkit.recipe import (
     BuildStart,
@@ -134,7 +135,7 @@ def _tokenizer(recipe: Recipe, index: int, start: Start) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return f"{folder} holds no tokenizer"
     try:
-        return load_tokenizer(folder)
+        return model_tokenizer(folder) if (folder / "config.json").is_file() else load_tokenizer(folder)
     except (ValueError, OSError) as error:
         raise RecipeError(one_line(f"stages.{index}.start: {error}")) from None
 

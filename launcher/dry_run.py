@@ -40,9 +40,10 @@ def dry_run(recipe: Recipe, only: int | None, world_size: int) -> str:
     Raises:
         RecipeError: with every problem found, one a line.
     """
-    found = look_ahead(recipe, dry=True)
+    stages = list(range(len(recipe.stages))) if only is None else [only]
+    found = look_ahead(recipe, dry=True, stages=stages)
     problems, blocks = list(found.problems), []
-    for index in range(len(recipe.stages)) if only is None else [only]:
+    for index in stages:
         try:
             blocks.append(describe(recipe, index, world_size, found))
         except RecipeError as error:
@@ -117,15 +118,21 @@ def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:
                 raise Unresolved(f"{start.hub}: {hub_problem(start.hub, error)}") from None
             except (OSError, ValueError, HTTPError) as error:
                 raise Unresolved(f"{start.hub}: {hub_problem(start.hub, error)}") from None
-            return read_config(Path(path).parent)
+            return _config_beside_tokenizer(Path(path).parent)
         case "previous":
             return _config(recipe, index - 1, recipe.stages[index - 1].start)
 
 
 def _local_config(folder: Path) -> PretrainedConfig:
-    """The config of a model folder; ValueError where its weights are in no safetensors, or its tokenizer of another."""
+    """The config of a model folder; ValueError where its weights are in no safetensors, or its tokenizer is
+    another's."""
     if problem := pickled_model(folder):
         raise ValueError(problem)
+    return _config_beside_tokenizer(folder)
+
+
+def _config_beside_tokenizer(folder: Path) -> PretrainedConfig:
+    """The config of a folder; ValueError where a tokenizer lies beside it that is another model's."""
     config = read_config(folder)
     if any((folder / file).is_file() for file in TOKENIZER_FILES):
         model_tokenizer(folder, config)

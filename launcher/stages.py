@@ -6,7 +6,7 @@ Called by launcher/run.py on every rank, with a valid recipe. A finished stage i
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -52,7 +52,7 @@ def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
     device = start_distributed(lambda store: compare_ranks(store, recipe, run))
     with Watch() as watch, ExitStack() as held:
         recipe, told = with_settings(recipe)
-        on_rank_zero(lambda: check_ahead(recipe, world_size()))
+        on_rank_zero(lambda: check_ahead(recipe, world_size(), unfinished(recipe, run, only)))
         on_rank_zero(lambda: open_run(recipe, run, held))
         _run_stages(recipe, told, run, only, device, watch)
 
@@ -167,18 +167,20 @@ def mendable(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def check_ahead(recipe: Recipe, ranks: int) -> None:
+def check_ahead(recipe: Recipe, ranks: int, stages: Collection[int] | None = None) -> None:
     """What would end a later stage, found before the first: data, suites, ranks that do not fit, models, LoRA targets.
 
+    Looks at the data and models of `stages` (None: all), those that are to be trained, and at every suite.
     Says which columns of each source are used. Raises RecipeError with every problem, one a line.
     """
     from launcher.ahead import look_ahead
     from launcher.dry_run import Unresolved, stage_parameters
 
     check_stops(recipe)
-    found = look_ahead(recipe, dry=False)
+    found = look_ahead(recipe, dry=False, stages=stages)
     problems = list(found.problems)
-    for index, stage in enumerate(recipe.stages):
+    for index in range(len(recipe.stages)) if stages is None else stages:
+        stage = recipe.stages[index]
         try:
             batch_numbers(stage, ranks)
             with mendable(f"stage {index} {stage.name}"):
@@ -309,6 +311,12 @@ def finished_stages(recipe: Recipe, run: Path) -> list[int]:
     from toolkit.training.loop import stage_folder
 
     return [index for index in range(len(recipe.stages)) if is_done(stage_folder(run, recipe, index))]
+
+
+def unfinished(recipe: Recipe, run: Path, only: int | None) -> list[int]:
+    """Numbers of the stages (or of `only`) that are still to be trained; what a finished one read may be gone."""
+    done = finished_stages(recipe, run)
+    return [index for index in range(len(recipe.stages)) if only in (None, index) and index not in done]
 
 
 def finish(folder: Path, result: dict[str, Any]) -> None:

@@ -176,6 +176,13 @@ def test_large_models_are_sharded(made, monkeypatch, tmp_path):
     np.testing.assert_array_equal(embed_texts(retriever, TEXTS, "query"), model.live["query"])
 
 
+def test_an_export_names_no_class_that_was_not_trained(made, tmp_path):
+    backbone = copy.deepcopy(made["qwen2_full"].backbone)
+    backbone.config.auto_map = {"AutoModel": "modeling_own.Own"}
+    folder = made["qwen2_full"].write(tmp_path / "export", backbone=backbone)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_language_model_with_its_head(tied, made, tmp_path):
     source = small_model("llama", tmp_path / "base", "bos", tied)

@@ -37,6 +37,7 @@ def save_tokenizer(folder: Path, vocab_size: int, **changes: Any) -> Path:
     for key, value in changes.items():
         setattr(tokenizer, key, value)
     tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": vocab_size}))
     return folder
 
 
@@ -169,6 +170,7 @@ def test_bad_data_leaves_nothing_behind(tmp_path: Path, tokenizer: Path):
     with pytest.raises(RecipeError, match="line 2: 'text' holds the number 3"):
         prepare_crops(make_data(tmp_path / "in", {"text": "a"}, {"text": 3}), tokenizer, run)
     (tmp_path / "none").mkdir()
+    shutil.copy(tokenizer / "config.json", tmp_path / "none")
     with pytest.raises(RecipeError, match=r"start: .*none: cannot be loaded"):
         prepare_crops(make_data(tmp_path / "in", {"text": "a"}), tmp_path / "none", run)
     assert stores(run) == []
@@ -197,6 +199,7 @@ def test_every_rank_gets_the_same_store_or_the_same_error(tmp_path: Path, tokeni
     make_data(tmp_path / "good", {"text": "a"}, {"text": "b"})
     make_data(tmp_path / "bad", {"text": "a"}, {"text": 3})
     (tmp_path / "none").mkdir()
+    shutil.copy(tokenizer / "config.json", tmp_path / "none")
     good, bad = ([str(tmp_path / name), str(tokenizer)] for name in ("good", "bad"))
     cases = [good, bad, [good[0], str(tmp_path / "none")], good]
     request = {"cases": cases, "run": str(tmp_path / "runs" / "run")}
@@ -204,3 +207,18 @@ def test_every_rank_gets_the_same_store_or_the_same_error(tmp_path: Path, tokeni
     assert one == other and one[0] == one[3]
     assert one[1].endswith("line 2: 'text' holds the number 3, text is needed; set fields.text to a column of text")
     assert one[2].startswith("start: ") and len(stores(tmp_path / "runs" / "run")) == 1
+
+
+def test_ids_without_an_embedding_are_in_no_document(tmp_path: Path):
+    """The padding token is text like any other where the model has no embedding for it."""
+    folder = save_tokenizer(tmp_path / "model", 300)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "<PADX>"})
+    tokenizer.split_special_tokens = False
+    tokenizer.save_pretrained(folder)
+    rows, found = len(tokenizer) - 1, []
+    for count in (rows + 1, rows):
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": count}))
+        store = prepare_crops(make_data(tmp_path / "in", {"text": "ab <PADX> abc"}), folder, tmp_path / "run")
+        found.append(rows in store.documents[0])
+    assert found == [True, False] and len(stores(tmp_path / "run")) == 2

@@ -45,6 +45,7 @@ KINDS = list(ROWS)
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(BuildTokenizer(vocab_size=300, pieces="text"), iter(["words of text"])).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
     return folder
 
 

@@ -24,6 +24,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     settings = BuildTokenizer(vocab_size=300, pieces="text")
     train_tokenizer(settings, iter(["query good bad"])).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
     return folder
 
 
@@ -133,6 +134,7 @@ def test_whatever_changes_the_ids_makes_another_store(tmp_path: Path, tokenizer_
     settings = BuildTokenizer(vocab_size=310, pieces="text")
     other = tmp_path / "tokenizer"
     train_tokenizer(settings, iter(["query query good good bad bad"] * 9)).save_pretrained(other)
+    shutil.copy(tokenizer_folder / "config.json", other)
     first = prepare(data, tokenizer_folder, run)
     second = prepare(data, other, run)
     assert first.query.ids.tolist() != second.query.ids.tolist() and first.digest == second.digest
@@ -145,7 +147,7 @@ def test_whatever_changes_the_ids_makes_another_store(tmp_path: Path, tokenizer_
     assert len(stores(run)) == 8
     prepare(make_data({"folder": str(folder), "query_prefix": "q: "}), tokenizer_folder, run)  # the encoder's own
     shutil.copytree(tokenizer_folder, tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text("{}")  # a model's folder holds more than its tokenizer
+    (tmp_path / "model" / "README.md").write_text("x")  # a model's folder holds more than its tokenizer
     prepare(data, tmp_path / "model", run)
     assert len(stores(run)) == 8
 
@@ -187,6 +189,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(tmp_path: Path, tokenizer_folde
             prepare(make_data(*sources), tokenizer_folder, run)
         assert stores(run) == set()
     assert len(prepare(make_data(good), tokenizer_folder, run)) == 10
+    shutil.copy(tokenizer_folder / "config.json", tmp_path / "good")
     with pytest.raises(RecipeError, match=r"^start: .*tokenizer"):
         prepare(make_data(good), tmp_path / "good", run)
 
@@ -266,3 +269,21 @@ def test_rows_with_too_few_negatives_are_a_warning_for_each_source(tmp_path: Pat
     prepare(data.model_copy(update={"positives": 2, "negatives": 0}), tokenizer_folder, tmp_path / "run")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all("have fewer than data.positives = 2 (at most 1)" in line for line in said)
+
+
+def test_ids_without_an_embedding_are_in_no_pair(tmp_path: Path, tokenizer_folder: Path):
+    """The padding token is text like any other where the model has no embedding for it; another model's store is."""
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.add_special_tokens({"pad_token": "<PADX>"})
+    tokenizer.split_special_tokens = False
+    beyond, rows = tokenizer.pad_token_id, len(tokenizer) - 1
+    tokenizer.save_pretrained(folder)
+    rows_in = write_rows(tmp_path / "in", [{"query": "query <PADX>", "positive": "good <PADX>", "negative": None}])
+    found = []
+    for count in (rows + 1, rows):
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": count}))
+        store = prepare(make_data({"folder": str(rows_in)}), folder, tmp_path / "run", max_tokens=24)
+        found.append([beyond in texts.ids for texts in (store.query, store.document)])
+        assert max(store.query.ids) < count and max(store.document.ids) < count
+    assert found == [[True, True], [False, False]] and len(stores(tmp_path / "run")) == 2

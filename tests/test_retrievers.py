@@ -260,6 +260,39 @@ def test_vectors_are_cut_to_the_dimensions_that_a_folder_names(by: str | None, m
     assert embed_texts(shorter, TEXTS, "query").shape == (len(TEXTS), 8)
 
 
+def test_a_class_of_its_own_is_said_and_not_run(tmp_path: Path, capfd):
+    folder = save(tmp_path, "bert", "wordpiece", Normalize())
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    (folder / "modeling_own.py").write_text("raise SystemExit('foreign code ran')")
+    load_any(str(folder), None, changes(), CPU)
+    line = f"warning: {folder}: config.json names a class of its own (modeling_own.Own), whose code is not run; the "
+    assert capfd.readouterr().err.count(line + "standard BertModel is used, so check that its vectors are those ") == 1
+
+
+@pytest.mark.parametrize("place", ["export.json", "config_sentence_transformers.json"])
+@pytest.mark.parametrize("name", ["llama_lora", "bert_full", "qwen2_full"])
+def test_vectors_of_an_export_are_cut_as_its_files_say(name: str, place: str, tmp_path: Path):
+    folder = make(CASES[name], tmp_path / "base").write(tmp_path / "export")
+    whole = embed_texts(load_export(folder, CPU), TEXTS, "query")
+    config = folder / place
+    raw = json.loads(config.read_text())
+    at = raw["settings"] if place == "export.json" else raw
+    at["truncate_dim"] = 8
+    config.write_text(json.dumps(raw))
+    retriever = load_any(str(folder), None, changes(), CPU).retriever
+    wanted = whole[:, :8] / (np.linalg.norm(whole[:, :8], axis=1, keepdims=True) if CASES[name].normalize else 1)
+    np.testing.assert_allclose(embed_texts(retriever, TEXTS, "query"), wanted, rtol=0, atol=1e-6)
+    assert retriever.settings.truncate_dim == 8
+    if place == "config_sentence_transformers.json":
+        model: Any = SentenceTransformer(str(folder), device="cpu")
+        theirs = model.similarity(model.encode_query(TEXTS), model.encode_query(TEXTS)).numpy()
+        assert distance(wanted @ wanted.T, theirs) < 1e-5
+        config.write_text(json.dumps(raw | {"truncate_dim": "8"}))
+        with pytest.raises(RecipeError, match='json: truncate_dim "8" is no number of dimensions; write one, or null'):
+            load_any(str(folder), None, changes(), CPU)
+
+
 def test_unit_vectors_that_are_cut_and_multiplied_are_refused(tmp_path: Path):
     folder = save(tmp_path, "bert", "wordpiece", Normalize(), by="dot")
     config = folder / "config_sentence_transformers.json"

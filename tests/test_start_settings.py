@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm,
 from tiny import make_recipe
 from tiny_retriever import CASES, make, small_model
 
+import toolkit.sentence_settings
 import toolkit.start_settings
 from toolkit.recipe import EncoderKeys, Recipe, RecipeError
 from toolkit.start_settings import Unresolved, resolve, resolve_recipe
@@ -154,6 +155,13 @@ def test_an_export_and_its_adapter_name_all_they_were_trained_with(name: str, tm
         assert read == made.settings.model_dump(include=set(EncoderKeys.model_fields)) | {"max_tokens": 24}
 
 
+def test_an_export_that_cuts_its_vectors_is_said(tmp_path: Path):
+    folder = make(CASES["bert_full"], tmp_path / "base").write(tmp_path / "export")
+    change(folder / "config_sentence_transformers.json", truncate_dim=8)
+    (note,) = resolve(recipe_of(({"folder": str(folder)}, {})), 0).notes
+    assert note.startswith("note: stages.0.encoder: the start model cuts vectors to 8 dimensions (truncate_dim in ")
+
+
 def test_an_adapter_alone_has_the_settings_of_its_base(tmp_path: Path):
     base = model(tmp_path / "st", Normalize())
     made = make(CASES["bert_lora"], tmp_path / "own")
@@ -164,6 +172,45 @@ def test_an_adapter_alone_has_the_settings_of_its_base(tmp_path: Path):
         shutil.copy(folder / file, adapter / file)
     change(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     assert settings(adapter) == KEYS
+
+
+def test_an_adapter_in_a_sentence_transformers_folder_reads_what_its_base_does(tmp_path: Path, monkeypatch):
+    folder = make(CASES["bert_lora"], tmp_path / "base").write(tmp_path / "export", merged=False)
+    (folder / "export.json").unlink()
+    change(folder / "sentence_bert_config.json", max_seq_length=None)
+    change(folder / "tokenizer_config.json", model_max_length=10**30)
+    recipe = recipe_of(({"folder": str(folder)}, {"append_eos": True}))
+    assert dict(resolve(recipe, 0).rows)["encoder.max_tokens"] == "64 (config.json of the base)"
+    change(folder / "sentence_bert_config.json", max_seq_length=100)
+    assert settings(folder)["eval_max_tokens"] == 64
+    change(folder / "sentence_bert_config.json", max_seq_length=None)
+    monkeypatch.setattr(toolkit.sentence_settings, "base_of_adapter", lambda _: "nobody/nothing")
+    assert [line.split(":")[0] for line in problem(folder).splitlines()] == [
+        "stages.0.encoder.max_tokens", "stages.0.encoder.eval_max_tokens",
+    ]  # fmt: skip
+
+
+def test_prompts_under_other_names_are_said(tmp_path: Path):
+    folder = model(tmp_path, Normalize())
+    options = folder / "config_sentence_transformers.json"
+    change(options, prompts={"s2p_query": "Q: ", "empty": ""})
+    resolved = resolve(recipe_of(({"folder": str(folder)}, {})), 0)
+    assert (resolved.encoder.query_prefix, resolved.encoder.passage_prefix) == ("", "")
+    line = "the start model has prompts under other names than query and document (s2p_query in "
+    assert resolved.notes == [
+        f"note: stages.0.encoder: {line}config_sentence_transformers.json); no prefix is taken from them"
+    ]
+    change(options, default_prompt_name="s2p_query")
+    resolved = resolve(recipe_of(({"folder": str(folder)}, {})), 0)
+    assert resolved.encoder.query_prefix == "Q: " and resolved.notes == []
+
+
+def test_a_start_that_is_not_there_is_said_before_its_keys(tmp_path: Path):
+    none = tmp_path / "none"
+    end = "name a folder that holds a model"
+    assert problem(none) == f"stages.0.start: the folder {none} does not exist; {end}"
+    none.mkdir()
+    assert problem(none, **KEYS) == f"stages.0.start: {none} holds no config.json; {end}"
 
 
 def test_an_end_token_that_an_adapter_was_trained_with_stays(tmp_path: Path):

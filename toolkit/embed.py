@@ -60,7 +60,7 @@ def load_retriever(
     tokenizer = model_tokenizer(folder, config)
     plain = adapter is None
     backbone = load_encoder_backbone(folder, dtype, device) if plain else load_adapted(folder, adapter, dtype, device)
-    encoder = Encoder(backbone, settings.pooling, settings.normalize).eval()
+    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim).eval()
     return Retriever(encoder, tokenizer, settings)
 
 

@@ -27,6 +27,7 @@ from toolkit.models.vocabulary import model_tokenizer
 from toolkit.prepare import ADAPTER_WEIGHTS, ModelSource, base_of_adapter
 from toolkit.recipe import EncoderSettings, RecipeError
 from toolkit.sentence_layout import retriever_tokenizer, without_limits, write_layout
+from toolkit.sentence_settings import truncate_dim
 
 SHARD_SIZE = "5GB"  # largest weights file of a full model; the hub's usual size
 
@@ -113,14 +114,20 @@ def load_export(folder: Path, device: torch.device | str) -> Retriever:
     else:
         backbone = load_encoder_backbone(folder, dtype, device)
     config: Any = backbone.config
-    encoder = Encoder(backbone, settings.pooling, settings.normalize).eval()
+    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim).eval()
     return Retriever(encoder, model_tokenizer(folder, config), settings)
 
 
 def read_settings(folder: Path) -> EncoderSettings:
-    """The settings of an export; raises RecipeError as `read_record` does, and for settings that were altered."""
+    """The settings of an export, with the truncate_dim that config_sentence_transformers.json was given since.
+
+    Raises:
+        RecipeError: as `read_record`, and for settings that are none.
+    """
+    kept = truncate_dim(folder)
     try:
-        return EncoderSettings.model_validate(read_record(folder)["settings"])
+        settings = EncoderSettings.model_validate(read_record(folder)["settings"])
+        return settings if kept is None else settings.model_copy(update={"truncate_dim": kept})
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
         raise RecipeError(f"{folder}/export.json: settings are altered ({keys}); export the stage again") from None
@@ -168,6 +175,7 @@ def _write_model(folder: Path, model: nn.Module, state: dict[str, Tensor], dtype
     save_torch_state_dict(_on_cpu(state, dtype), folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
     config.dtype = dtype
     config.architectures = [type(model).__name__]
+    vars(config).pop("auto_map", None)  # a class of its own that was not trained
     config.save_pretrained(folder)
 
 

@@ -27,6 +27,7 @@ from toolkit.data.faults import keep_skipped, say_skipped, skipping
 from toolkit.data.spans import PassageStore, write_store
 from toolkit.data.texts import of_groups, passage_texts
 from toolkit.files import expanded, replacing_folder
+from toolkit.models.backbone import read_config
 from toolkit.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, pickled_adapter, pickled_model
 from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import (
@@ -293,3 +294,15 @@ def tokenizer_digest(folder: Path) -> str:
     files = sorted(path for path in folder.iterdir() if any(path.match(pattern) for pattern in _TOKENIZER_PARTS))
     hashes = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files if path.is_file()]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def ids_digest(folder: Path) -> list[str | int]:
+    """What decides the ids of a text for the model of a folder: its tokenizer, and how many ids have an embedding.
+
+    Raises:
+        RecipeError: for a config.json that cannot be read.
+    """
+    try:
+        return [tokenizer_digest(folder), read_config(folder).vocab_size]
+    except ValueError as error:
+        raise RecipeError(f"start: {error}") from None

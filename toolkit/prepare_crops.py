@@ -14,8 +14,8 @@ from toolkit.data.crops import CropStore, write_documents
 from toolkit.data.faults import keep_skipped, say_skipped, skipping
 from toolkit.data.texts import document_texts
 from toolkit.files import placing_folder
-from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import open_everywhere, together, tokenizer_digest
+from toolkit.models.vocabulary import model_tokenizer
+from toolkit.prepare import ids_digest, open_everywhere, together
 from toolkit.prepare_sources import KnownSource, check_unchanged, known_sources
 from toolkit.recipe import Data, RecipeError
 
@@ -25,7 +25,8 @@ _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
     """The documents of a stage's sources, tokenized and stored once below `run`'s parent, which all nodes must see.
 
-    The cache is keyed by what the sources hold, wherever they lie.
+    `tokenizer_folder` is that of the model: config.json tells which ids have an embedding. The
+    cache is keyed by what the sources hold, wherever they lie.
 
     Raises:
         RecipeError: for malformed or empty data, files that change while they are read, or a tokenizer that does not
@@ -46,7 +47,7 @@ def prepare_crops(data: Data, tokenizer_folder: Path, run: Path) -> CropStore:
 
 def _write(data: Data, known: list[KnownSource], tokenizer_folder: Path, folder: Path) -> None:
     try:
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = model_tokenizer(tokenizer_folder)
     except ValueError as error:
         raise RecipeError(f"start: {error}") from None
     counts: Counter[str] = Counter()
@@ -93,7 +94,8 @@ def _with_ids(texts: list[str], tokenizer: Any) -> Iterator[tuple[str, list[int]
 
 
 def _digest(known: list[KnownSource], faulty_rows: str, tokenizer_folder: Path) -> str:
-    """16 hex digits of what decides the store: what the sources hold and how it is read, the tokenizer's files."""
+    """16 hex digits of what decides the store: what the sources hold and how it is read, the tokenizer's files
+    and how many ids have an embedding."""
     sources = [[source.model_dump(mode="json", exclude={"folder"}), content] for source, _, content in known]
-    parts = [sources, faulty_rows, tokenizer_digest(tokenizer_folder)]
+    parts = [sources, faulty_rows, ids_digest(tokenizer_folder)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

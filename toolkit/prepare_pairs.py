@@ -20,8 +20,8 @@ from toolkit.data.pairs import PairStore, Prefixes, write_pairs
 from toolkit.data.tokens import tokenize
 from toolkit.determinism import generator
 from toolkit.files import placing_folder
-from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import open_everywhere, together, tokenizer_digest
+from toolkit.models.vocabulary import model_tokenizer
+from toolkit.prepare import ids_digest, open_everywhere, together
 from toolkit.prepare_sources import check_unchanged, known_sources
 from toolkit.recipe import Data, EncoderSettings, RecipeError
 
@@ -32,6 +32,8 @@ _NOT_STORED = {"folder", "weight", "query_prefix", "passage_prefix"}
 
 def prepare_pairs(data: Data, encoder: EncoderSettings, tokenizer_folder: Path, run: Path, seed: int) -> PairStore:
     """The pairs of a stage's sources, tokenised once beside `run`, on a disk that all nodes must see.
+
+    `tokenizer_folder` is that of the model: config.json tells which ids have an embedding.
 
     The cache is keyed by what the files hold, wherever they lie. Files whose names, sizes and times are as they were
     when they were last read are not read again.
@@ -69,13 +71,12 @@ def _key(data: Data, contents: list[str], encoder: EncoderSettings, tokenizer_fo
     """16 hex digits of everything that decides what is stored."""
     sources = [source.model_dump(mode="json", exclude=_NOT_STORED) for source in data.sources]
     limited = any(source.limit is not None for source in data.sources)
-    tokenizer = tokenizer_digest(tokenizer_folder)
     parts = [
         _LAYOUT,
         contents,
         sources,
         data.faulty_rows,
-        tokenizer,
+        ids_digest(tokenizer_folder),
         [_prefixes(source, encoder) for source in data.sources],
         [encoder.max_tokens, encoder.append_eos],
         seed if limited else None,
@@ -101,7 +102,7 @@ def _write(
     work: Path,
 ) -> dict[str, Any]:
     try:
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = model_tokenizer(tokenizer_folder)
     except ValueError as error:
         raise RecipeError(f"start: {error}") from None
 

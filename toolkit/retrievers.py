@@ -26,7 +26,7 @@ from toolkit.models.vocabulary import fit_tokenizer
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
 from toolkit.retriever_settings import changed
-from toolkit.sentence_settings import OUR_POOLING, above_positions, prefixes, prompt_problem
+from toolkit.sentence_settings import OUR_POOLING, above_positions, prefixes, prompt_problem, unused_prompts
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_FILES = ["*/*.safetensors", "consolidated*", "*.bin", "*.py", "onnx/*", "openvino/*"]
@@ -199,6 +199,8 @@ def _sentence_transformer(what: str, folder: Path, changes: EvalSettings, device
     prompts = {name: text or "" for name, text in model.prompts.items()}
     named = {name: text for name, text in prompts.items() if name not in ("query", "document", "passage", "corpus")}
     query, passage = prefixes(prompts, model.default_prompt_name)
+    for note in unused_prompts(prompts, model.default_prompt_name) if rank() == 0 else []:
+        print(f"note: {what}: {note} but for tasks of these names", file=sys.stderr, flush=True)
     pooling = OUR_POOLING[modules[1].pooling_mode]
     used = [query, passage, *(named | changes.prompts).values()]
     if not modules[1].include_prompt and (reason := prompt_problem(changes.pooling or pooling, *used)):

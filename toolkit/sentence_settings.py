@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers.normalizers import Normalizer
 
 from toolkit.models.backbone import load_tokenizer, longest_input, read_config
+from toolkit.prepare import base_of_adapter
 from toolkit.recipe import RecipeError
 from toolkit.sentence_layout import POOLING_MODES
 
@@ -36,7 +38,8 @@ _PLAIN: dict[str, Any] = {
     "module_output_name": "token_embeddings",
     "unpad_inputs": None,
 }
-NO_LIMIT = 10**9
+PASSAGE_NAMES = ("document", "passage", "corpus")
+_NO_LIMIT = 10**9  # what a tokenizer names beyond it is none
 _LOADING = {"dtype", "torch_dtype", "attn_implementation", "use_safetensors", "add_pooling_layer", "low_cpu_mem_usage"}
 
 
@@ -72,22 +75,47 @@ def named_by_folder(folder: Path) -> Named:
     prompts = {name: text or "" for name, text in (options.get("prompts") or {}).items()}
     values["query_prefix"], values["passage_prefix"] = prefixes(prompts, options.get("default_prompt_name"))
     files |= dict.fromkeys(("query_prefix", "passage_prefix"), OPTIONS if prompts else "no prompts")
+    notes += unused_prompts(prompts, options.get("default_prompt_name"))
     longest, file, cut = _longest(folder)
-    values |= dict.fromkeys(("max_tokens", "eval_max_tokens"), longest)
-    files |= dict.fromkeys(("max_tokens", "eval_max_tokens"), file)
-    if options.get("truncate_dim") is not None:
-        notes.append(
-            f"cuts vectors to {options['truncate_dim']} dimensions (truncate_dim in {OPTIONS}); training and export "
-            "take all of them"
-        )
+    if longest is not None:
+        values |= dict.fromkeys(("max_tokens", "eval_max_tokens"), longest)
+        files |= dict.fromkeys(("max_tokens", "eval_max_tokens"), file)
+    if (kept := truncate_dim(folder)) is not None:
+        notes.append(cut_note(kept))
     return Named(values, files, [*notes, *cut, *_transformer_notes(folder)], pooling.get("include_prompt", True))
 
 
 def prefixes(prompts: dict[str, str], default_name: str | None) -> tuple[str, str]:
     """The prefixes of queries and of passages, as encode_query and encode_document of sentence-transformers choose."""
     default = prompts.get(default_name or "", "")
-    passage = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
+    passage = next((prompts[name] for name in PASSAGE_NAMES if name in prompts), default)
     return prompts.get("query", default), passage
+
+
+def unused_prompts(prompts: dict[str, str], default_name: str | None) -> list[str]:
+    """The remark on a model whose prompts are neither for queries nor for passages, and none of them the default."""
+    named = [name for name, text in prompts.items() if text]
+    if not named or prompts.keys() & {"query", *PASSAGE_NAMES, default_name}:
+        return []
+    return [
+        f"has prompts under other names than query and document ({', '.join(named)} in {OPTIONS}); no prefix is taken "
+        "from them"
+    ]
+
+
+def truncate_dim(folder: Path) -> int | None:
+    """The first dimensions of a vector that a folder keeps; None: all. RecipeError for what is no such number."""
+    kept = (_read(folder / OPTIONS) if (folder / OPTIONS).is_file() else {}).get("truncate_dim")
+    if kept is not None and (type(kept) is not int or kept < 1):
+        raise RecipeError(
+            f"{folder / OPTIONS}: truncate_dim {json.dumps(kept)} is no number of dimensions; write one, or null"
+        )
+    return kept
+
+
+def cut_note(kept: int) -> str:
+    """The remark on a model that keeps the first dimensions alone."""
+    return f"cuts vectors to {kept} dimensions (truncate_dim in {OPTIONS}); training and export take all of them"
 
 
 def prompt_problem(pooling: str, *prompts: str) -> str:
@@ -137,19 +165,32 @@ def _modes(pooling: dict[str, Any]) -> str:
     return modes if isinstance(modes, str) else "+".join(modes)
 
 
-def _longest(folder: Path) -> tuple[int, str, list[str]]:
-    """The longest input in tokens, the file that says so, and a remark where the model cannot read that many."""
-    usable = longest_input(read_config(folder)) if (folder / "config.json").is_file() else NO_LIMIT  # an adapter
+def _longest(folder: Path) -> tuple[int | None, str, list[str]]:
+    """The longest input in tokens, the file that says so, and a remark where the model cannot read that many.
+
+    None where nothing says it: an adapter whose base is not on this machine.
+    """
+    place = folder if (folder / "config.json").is_file() else _base(folder)
+    usable = None if place is None else longest_input(read_config(place))
+    positions = "config.json" if place == folder else "config.json of the base"
     file, options = _transformer_options(folder)
     wanted = options.get("max_seq_length")
     if wanted is None:
         file, path = "tokenizer_config.json", folder / "tokenizer_config.json"
         wanted = _read(path).get("model_max_length") if path.is_file() else None
-        wanted = usable if wanted is None else wanted
-        return (int(wanted), file, []) if wanted < usable else (usable, "config.json", [])
-    if wanted > usable:
-        return usable, "config.json", [above_positions(wanted, usable, file)]
+        if wanted is None or wanted >= (_NO_LIMIT if usable is None else usable):
+            return usable, positions, []
+        return int(wanted), file, []
+    if usable is not None and wanted > usable:
+        return usable, positions, [above_positions(wanted, usable, file)]
     return int(wanted), file, []
+
+
+def _base(adapter: Path) -> Path | None:
+    """The folder of the model that an adapter applies to, if it is on this machine."""
+    name = base_of_adapter(adapter)
+    kept = str(Path(name) / "config.json") if Path(name).is_absolute() else try_to_load_from_cache(name, "config.json")
+    return Path(kept).parent if isinstance(kept, str) else None
 
 
 def above_positions(wanted: int, usable: int, file: str) -> str:

@@ -33,7 +33,7 @@ from toolkit.recipe import (
     Start,
 )
 from toolkit.recipe_checks import cross_checks
-from toolkit.sentence_settings import MODULES, OUR_POOLING, Named, named_by_folder, prompt_problem
+from toolkit.sentence_settings import MODULES, OUR_POOLING, Named, cut_note, named_by_folder, prompt_problem
 
 SMALL_FILES = ["*.json", "1_Pooling/*", "*/config.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_SMALL = ["*.safetensors", "*.safetensors.index.json", "*.bin", "onnx/*", "openvino/*"]
@@ -133,13 +133,25 @@ def resolve(recipe: Recipe, index: int) -> Resolved:
     first = index
     while recipe.stages[first].start == "previous":
         first -= 1
-    origin = _of_start(recipe.stages[first].start)
+    start = recipe.stages[first].start
+    if isinstance(start, FolderStart) and (problem := _no_model(expanded(start.folder))):
+        raise RecipeError(f"stages.{first}.start: {problem}")
+    origin = _of_start(start)
     resolved = _complete(recipe, first, origin)
     for number in range(first + 1, index + 1):
         files = dict.fromkeys(EncoderKeys.model_fields, f"stages.{number - 1}.encoder")
         origin = _Origin(Named(resolved.encoder.model_dump(), files, []), "the stage before", origin.ends)
         resolved = _complete(recipe, number, origin)
     return resolved
+
+
+def _no_model(folder: Path) -> str:
+    """Why a folder can hold neither a model nor an adapter; empty if it can."""
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist; name a folder that holds a model"
+    if not (folder / "config.json").is_file() and not holds_bare_adapter(folder):
+        return f"{folder} holds no config.json; name a folder that holds a model"
+    return ""
 
 
 def _complete(recipe: Recipe, index: int, origin: _Origin) -> Resolved:
@@ -228,8 +240,10 @@ def _in_folder(folder: Path, model: str) -> _Origin:
     base = _of_start(_base(folder)) if holds_bare_adapter(folder) else None
     ends = _ends(folder) if base is None else base.ends  # an adapter is trained with the tokenizer of its base
     if (folder / "export.json").is_file():
-        values = read_settings(folder).model_dump(include=set(EncoderKeys.model_fields))
-        return _Origin(Named(values, dict.fromkeys(values, "export.json"), []), model, ends)
+        settings = read_settings(folder)
+        values = settings.model_dump(include=set(EncoderKeys.model_fields))
+        notes = [] if settings.truncate_dim is None else [cut_note(settings.truncate_dim)]
+        return _Origin(Named(values, dict.fromkeys(values, "export.json"), notes), model, ends)
     if (folder / MODULES).is_file():
         return _Origin(named_by_folder(folder), model, ends)
     return base or _Origin(Named({}, {}, []), model, ends)

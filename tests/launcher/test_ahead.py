@@ -13,7 +13,7 @@ from tiny_retriever import small_model
 
 from launcher import ahead
 from launcher.ahead import look_ahead
-from launcher.stages import check_ahead
+from launcher.stages import check_ahead, unfinished
 from toolkit.data import hub
 from toolkit.data.tokens import tokenize
 from toolkit.models.backbone import load_tokenizer
@@ -156,6 +156,22 @@ def test_without_the_hub_a_dry_run_says_what_it_did_not_check(tmp_path: Path, re
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("stages.0.data.sources.0: dataset nobody/nothing: the hub cannot be reached (")
     assert lines[1].startswith("stages.1.eval.suites.0: dataset mteb/scifact: the hub cannot be reached (")
+
+
+def test_what_a_finished_or_another_stage_read_may_be_gone(tmp_path: Path, recipe, monkeypatch, capsys) -> None:
+    whole = loaded(tmp_path, on_hub(recipe))
+    run = tmp_path / "resumed"
+    assert [unfinished(whole, run, only) for only in (None, 0, 1)] == [[0, 1], [0], [1]]
+    with pytest.raises(RecipeError, match=r"stages.0.data.sources.0: dataset nobody/nothing: the hub cannot be"):
+        check_ahead(whole, 1, [0, 1])
+    check_ahead(whole, 1, unfinished(whole, run, 1))
+    (run / "stage_0_one").mkdir(parents=True)
+    (run / "stage_0_one" / "done.json").write_text("{}")
+    assert unfinished(whole, run, None) == [1]
+    check_ahead(whole, 1, unfinished(whole, run, None))
+    capsys.readouterr()
+    assert start(tmp_path, recipe, monkeypatch, "--dry-run", "--stage", "1") == 0
+    assert "not checked" not in capsys.readouterr().out
 
 
 def test_a_wrong_id_is_an_error_where_the_hub_answers(tmp_path: Path, recipe, monkeypatch) -> None:

@@ -13,8 +13,9 @@ from tiny import save_model
 from tiny_retriever import small_model, small_tokenizer
 from transformers import AutoModelForCausalLM
 
+import launcher.dry_run
 from launcher.ahead import Ahead
-from launcher.dry_run import describe
+from launcher.dry_run import describe, stage_parameters
 from toolkit.objectives.revela import build_revela
 from toolkit.recipe import RecipeError, Stage, load_recipe
 
@@ -69,6 +70,19 @@ def test_a_tokenizer_of_another_model_is_named_for_both_models_of_a_stage(fine: 
         assert (
             f": {other}: " in line and "tokens have ids (" in line and "as config.json says vocab_size 96; put" in line
         )
+
+
+def test_a_tokenizer_of_another_model_is_named_where_the_cache_has_both(
+    fine: Path, tmp_path: Path, monkeypatch
+) -> None:
+    other = save_model(tmp_path / "other", "llama")  # of 96 tokens
+    monkeypatch.setattr(launcher.dry_run, "hf_hub_download", lambda *_: str(other / "config.json"))
+    recipe = changed(("stages.1.start", {"hub": "owner/other"}), (LM_START, {"folder": str(fine)}))
+    loaded = load_recipe(write(tmp_path, recipe))
+    stage_parameters(loaded, 1)  # no tokenizer is there yet
+    small_tokenizer("bos").save_pretrained(other)
+    with pytest.raises(ValueError, match=f"{other}: .* tokens have ids .* vocab_size 96; put the tokenizer beside"):
+        stage_parameters(loaded, 1)
 
 
 def test_weights_in_a_pickle_are_named_with_the_way_out(fine: Path, tmp_path: Path) -> None:

@@ -405,3 +405,23 @@ def test_the_head_alone_makes_the_logits_of_every_type_that_is_read(tmp_path: Pa
         config.save_pretrained(tmp_path / kind)
         with pytest.raises(ValueError, match=f"model type '{kind}' is not supported; use one of llama, mistral"):
             read_config(tmp_path / kind)
+
+
+OWN = {"AutoModel": "modeling_own.OwnModel", "AutoModelForCausalLM": "modeling_own.OwnLM"}
+
+
+def test_a_class_of_its_own_is_said_once_and_not_run(tmp_path: Path, capfd) -> None:
+    folder = change_config(save_model(tmp_path / "m", "llama"), auto_map=OWN)
+    (folder / "modeling_own.py").write_text("raise SystemExit('foreign code ran')")
+    said = f"warning: {folder}: config.json names a class of its own (modeling_own.{{}}), whose code is not run; the "
+    said += "standard {} is used, so check that its {} are those published\n"
+    for _ in range(2):
+        load_encoder_backbone(folder, torch.float32)
+        on_meta(read_config(folder), causal=False)
+    assert capfd.readouterr().err == said.format("OwnModel", "LlamaModel", "vectors")
+    load_causal_lm(folder, torch.float32, "sdpa")
+    on_meta(read_config(folder), causal=True)
+    assert capfd.readouterr().err == said.format("OwnLM", "LlamaForCausalLM", "predictions")
+    other = change_config(save_model(tmp_path / "other", "bert"), auto_map={"AutoConfig": "own.Config"})
+    load_encoder_backbone(other, torch.float32)
+    assert capfd.readouterr().err == ""

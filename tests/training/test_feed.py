@@ -24,6 +24,7 @@ Open = Callable[..., Feed]
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(BuildTokenizer(vocab_size=300, pieces="text"), iter(["word of text"])).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
     return folder
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from toolkit.models.adapters import LoraSettings, check_continued, check_fit, fill, with_adapter
-from toolkit.models.formats import check_report, lacks_weights, warn_once
+from toolkit.models.formats import check_report, lacks_weights, say_own_class, warn_once
 
 # Every rank and every reload would print a bar, an encoder's missing head would be reported as a fault, and libraries
 # would remind one another's authors of renamed functions.
@@ -94,6 +94,7 @@ def _load(auto: Any, folder: str | Path, config: PretrainedConfig, dtype: torch.
             output_loading_info=True,
             **(headless(config) if auto is AutoModel else {}),
         )
+    say_own_class(model, auto.__name__, folder)
     check_report(model, report, folder)
     return model
 
@@ -110,6 +111,7 @@ def check_weights(folder: Path) -> None:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    say_own_class(model, "AutoModel", folder)
     check_report(model, report, folder)
 
 
@@ -120,6 +122,7 @@ def check_adapter(base: str, folder: Path) -> None:
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModel.from_config(config, **headless(config))
+    say_own_class(model, "AutoModel", base)
     check_fit(model, folder)
 
 
@@ -178,8 +181,11 @@ def _readable(folder: str | Path) -> Iterator[None]:
 def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
     """The model of a config without memory (all parameters on the meta device); ValueError as where it is loaded."""
     (_check_causal if causal else _check_direction)(config, str(config.name_or_path))
+    auto: Any = AutoModelForCausalLM if causal else AutoModel
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config) if causal else AutoModel.from_config(config, **headless(config))
+        model = auto.from_config(config, **({} if causal else headless(config)))
+    say_own_class(model, auto.__name__, str(config.name_or_path))
+    return model
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:

@@ -80,6 +80,17 @@ def check_report(model: Any, report: dict[str, Any], folder: str | Path) -> None
             raise ValueError(f"{folder}: the weights file {named}; {fix}")
 
 
+def say_own_class(model: Any, auto: str, folder: str | Path) -> None:
+    """Say once that config.json names a class of its own for `auto` ("AutoModel"), whose code is not run."""
+    named = model.config.to_dict().get("auto_map")
+    if isinstance(named, dict) and (own := named.get(auto)):
+        what = "vectors" if auto == "AutoModel" else "predictions"
+        warn_once(
+            f"warning: {folder}: config.json names a class of its own ({own}), whose code is not run; the standard "
+            f"{type(model).__name__} is used, so check that its {what} are those published"
+        )
+
+
 def _line(folder: Path, found: str, code: str) -> str:
     return (
         f"{folder}: holds its weights as {found}, which can run code when it is read; convert it to safetensors where "
