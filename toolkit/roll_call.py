@@ -151,7 +151,7 @@ def _wait_for_all(store: Any, ranks: int) -> str:
             hosts = ", ".join(f"{host} ({count})" for host, count in there.items())
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             problem = f"{len(missing)} of {ranks} ranks have not come for {waited:.0f} s: {named}; there are {hosts}"
-            if waited > SECONDS_TO_ARRIVE:
+            if said and waited > SECONDS_TO_ARRIVE:
                 return f"{problem}; see what these nodes say (ssh, .venv, --enable_each_rank_log)"
             if not said:
                 notice(f"{problem}; waiting for {SECONDS_TO_ARRIVE} s")
