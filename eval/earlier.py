@@ -38,11 +38,16 @@ def read_earlier(folder: Path, record: dict[str, Any]) -> Earlier | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder holds no finished result; true also where an evaluation was killed before its first scores."""
+    """Whether a folder holds no finished result; true also where an evaluation was killed before its first scores.
+
+    A damaged metrics.json is none of a killed evaluation, which writes it aside.
+    """
     try:
         return not _json(folder / "metrics.json").get("finished", True)  # which earlier versions do not say
-    except DAMAGED:
+    except FileNotFoundError:
         return True
+    except DAMAGED:
+        return False
 
 
 def remove_other(folder: Path) -> None:

@@ -83,8 +83,7 @@ def evaluate(
     retriever = with_settings(retriever, changes)
     checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
     store = Store(vectors or folder / "vectors", checkpoint, changes.vectors_dtype)
-    if vectors is None or vectors.resolve() != (folder / "vectors").resolve():  # there the user keeps them
-        on_rank_zero(lambda: adopt(folder / "vectors", store) if is_unfinished(folder) else None)
+    kept = on_rank_zero(lambda: _prepare_store(store, folder, vectors))
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int) -> Ranked:
         prompted = for_task(retriever, changes, task.task_name, task.task_type)
@@ -113,8 +112,22 @@ def evaluate(
     record = {"label": label, "step": step, "system": system, "identical_ids": changes.identical_ids}
     progress = Progress(folder, record | {"mteb": scored._asdict()}, beside)
     scores = _evaluate(rank_documents, by_mteb, suites, changes, progress)
-    on_rank_zero(lambda: leave(store, keep=vectors is not None))
+    on_rank_zero(lambda: leave(store, kept))
     return scores
+
+
+def _prepare_store(store: Store, folder: Path, vectors: Path | None) -> bool:
+    """Clear away what an interrupted evaluation left beside a store; returns whether the store's vectors are kept."""
+    own = folder / "vectors"
+    if vectors is not None and vectors.resolve() == own.resolve():  # there the user keeps them
+        return True
+    if is_unfinished(folder):
+        adopt(own, store)
+        return vectors is not None
+    there = (own / store.checkpoint).is_dir()
+    if there:
+        print(f"vectors: {own}: kept, as they were there when the last evaluation had ended", flush=True)
+    return vectors is not None or there
 
 
 def evaluate_bm25(

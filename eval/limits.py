@@ -150,7 +150,7 @@ def warn_unused(folder: Path, task: str) -> None:
         name for name in ("excluded", "candidates") if (folder / f"{name}.tsv").exists() or (folder / name).is_dir()
     ]
     path = folder / "queries.jsonl"
-    if path.is_file() and any(excluded_ids(row, at) for _, row, at in beir_rows(path)):
+    if path.is_file() and any(row.get(FIELD) not in (None, [], [NONE]) for _, row, _ in beir_rows(path)):
         names.append(FIELD)
     if names:
         _warn(f"{folder}: read as mteb's {task}, so {' and '.join(names)} do not count; name the folder alone")

@@ -104,10 +104,17 @@ def test_a_file_has_neither_split_nor_configuration(tmp_path: Path, key: str, va
     assert source_files(source(path, split="train")) == [path]  # the default of earlier versions
 
 
-@pytest.mark.parametrize("held", ["testset.jsonl", "nq_tst.jsonl", "holdout.jsonl", "heldout-1.jsonl"])
+@pytest.mark.parametrize(
+    "held", ["testset.jsonl", "nq_tst.jsonl", "holdout.jsonl", "heldout-1.jsonl", "hold_out.jsonl", "nq-held-out.jsonl"]
+)
 def test_other_words_for_held_out_data_are_known(tmp_path: Path, held: str) -> None:
     make(tmp_path, "a.jsonl", held)
     assert error(tmp_path).startswith("holds files of several splits (")
+
+
+def test_of_a_beir_folder_documents_are_the_corpus(tmp_path: Path) -> None:
+    make(tmp_path, "corpus.jsonl", "queries.jsonl")
+    assert names(tmp_path) == names(tmp_path, "train") == ["corpus.jsonl"]  # the default of earlier versions
 
 
 def test_files_of_other_formats_are_named(tmp_path: Path) -> None:

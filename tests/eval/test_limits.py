@@ -148,7 +148,7 @@ def test_what_cannot_be_found_is_warned_of(tmp_path: Path, capsys):
         (folder / f"{name}.tsv").unlink()
     queries = folder / "queries.jsonl"
     rows = [json.loads(line) for line in queries.read_text().splitlines()]
-    for ids, warned in ((["N/A"], False), (["d3"], True)):
+    for ids, warned in ((["N/A"], False), (["d3"], True), ("no list", True)):
         queries.write_text("".join(json.dumps(row | {"excluded_ids": ids}) + "\n" for row in rows))
         list(load_suite(f"SciFact={folder}"))
         assert ("read as mteb's SciFact, so excluded_ids do not count" in capsys.readouterr().err) == warned

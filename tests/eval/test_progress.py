@@ -20,6 +20,7 @@ from eval.compare import print_comparisons, read_system
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
+from toolkit.embed import checkpoint_digest
 from toolkit.recipe import EvalSettings
 
 FILES = ("metrics.json", "per_query.json")
@@ -267,7 +268,20 @@ def test_what_is_not_of_an_interrupted_evaluation_stays(
     (left / "1234").mkdir()
     if finished:
         (out / "metrics.json").write_text(json.dumps({"finished": True}))
+    own = left / checkpoint_digest(tiny_retriever()) / "passage_x"  # of the weights that are scored
+    if finished:
+        own.mkdir(parents=True)
     elsewhere = {"vectors": tmp_path / "kept"} if system == "elsewhere" else {}
     run("bm25" if system == "bm25" else "dense", suites, out, counted, **elsewhere)
     there = {path.name for path in left.iterdir()}
-    assert there == {"mine.txt", "1234"} | ({"0" * 16} if finished else set())
+    assert there == {"mine.txt", "1234"} | ({"0" * 16, own.parent.name} if finished else set())
+    assert own.is_dir() == finished
+
+
+def test_a_damaged_result_is_no_interrupted_one(suites: list[str], counted: dict[str, Any], tmp_path: Path):
+    other = tmp_path / "out" / "vectors" / ("0" * 16) / "passage_x"
+    other.mkdir(parents=True)
+    (other / "encoding.json").write_text("{}")
+    (tmp_path / "out" / "metrics.json").write_text('{"finished": fal')
+    run("bm25", suites, tmp_path / "out", counted)
+    assert other.is_dir()

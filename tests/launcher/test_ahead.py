@@ -227,7 +227,7 @@ def test_a_slice_of_a_split_is_looked_at_as_the_split(tmp_path: Path, recipe, mo
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(ahead, "reachable", lambda: True)
     monkeypatch.setattr("datasets.load_dataset", load)
-    source = {"hub": "some/pairs", "split": "train[:2]+test", "format": "pairs"}
+    source = {"hub": "some/pairs", "split": "train[10%:20%](pct1_dropremainder)+test", "format": "pairs"}
     recipe["stages"][0]["data"] = {"sources": [source], "negatives": 0}
     assert look_ahead(loaded(tmp_path, recipe), dry=False).problems == [] and set(asked) == {"train+test"}
 

@@ -48,7 +48,7 @@ def first_of_hub(source: HubSource, most: int) -> Any:
         return dataset.select(range(min(most, len(dataset))))
 
     def load(*names: Any, split: str, streaming: bool) -> Any:
-        whole = re.sub(r"\[[^]]*\]", "", split)  # of "train[:10%]" any rows of train show the columns
+        whole = re.sub(r"\[[^]]*\](\(\w+\))?", "", split)  # of "train[:10%]" any rows of train show the columns
         rows = list(islice(datasets.load_dataset(*names, split=whole, streaming=True), most))
         return datasets.Dataset.from_list(rows)
 

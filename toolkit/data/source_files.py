@@ -6,6 +6,7 @@ Called by the readers of records and of pairs; evaluation asks too whether a fol
 import os
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,7 +53,7 @@ def source_files(source: FolderSource) -> list[Path]:
     try:
         top = [p for p in data_files(path) if p.parent == path]
         names = {p.name.split(".")[0] for p in top}
-        if {"corpus", "queries"} <= names and source.config is None and source.split is None:
+        if {"corpus", "queries"} <= names and source.config is None and source.split in (None, "train"):
             return [p for p in top if p.name.split(".")[0] == "corpus"]
         if is_hub_layout(path):
             return _chosen(named, _hub_splits(path, named, source.config), [], source.split)
@@ -105,6 +106,7 @@ def _split_of(name: Path) -> str:
     if shard := _SHARD.fullmatch(name.as_posix()):
         return shard[1]
     words = [word for part in name.parts for word in _BETWEEN_WORDS.split(part.lower())]
+    words += [first + second for first, second in pairwise(words) if second == "out"]  # hold_out, held-out
     return next((word for word in words if word in SPLIT_WORDS), "")
 
 
