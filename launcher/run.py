@@ -5,6 +5,7 @@ Checks the recipe before it imports torch; then for each stage: train, export, e
 
 import argparse
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -67,7 +68,11 @@ def _dry_run(recipe: Recipe, only: int | None) -> int:
     if is_first_rank():
         from launcher.dry_run import dry_run
 
-        print(dry_run(recipe, only, int(os.environ.get("WORLD_SIZE", "1"))))
+        text = dry_run(recipe, only, int(os.environ.get("WORLD_SIZE", "1")))
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # as by `| head`; nothing more can be said there, at the end of the process neither
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

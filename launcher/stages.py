@@ -4,18 +4,16 @@ Called by launcher/run.py on every rank, with a valid recipe. A finished stage i
 """
 
 import json
-import platform
-import subprocess
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from launcher.environment import environment
 from launcher.lock import LOCK, locked
 from launcher.preflight import compare_ranks
 from launcher.starts import (
@@ -34,9 +32,6 @@ from toolkit.files import replace_text
 from toolkit.prepare import on_every_rank
 from toolkit.recipe import EncoderKeys, Recipe, RecipeError, batch_numbers
 from toolkit.watch import Watch
-
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
-PACKAGES += ("faiss-cpu", "faiss-gpu", "pytrec-eval-terrier", "scipy", "numpy")
 
 
 def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
@@ -191,7 +186,8 @@ def check_ahead(recipe: Recipe, ranks: int, stages: Collection[int] | None = Non
             problems.append(f"stage {index} {stage.name}: {error}")
     if problems:
         raise RecipeError("\n".join(problems))
-    print("\n".join([*found.said, *(f"warning: {line}" for line in found.warnings)]), flush=True)
+    for line in [*found.said, *(f"warning: {line}" for line in found.warnings)]:
+        print(line, flush=True)
 
 
 def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
@@ -238,29 +234,6 @@ def _logged_stages(log: Path) -> set[str]:
         with suppress(ValueError):  # a line cut short by a crash
             names.add(json.loads(line)["stage"])
     return names
-
-
-def environment() -> dict[str, Any]:
-    """Where a run takes place: command, versions, machine; no variable of the environment."""
-    from eval.results import installed
-    from toolkit.training.loop import command
-
-    return {
-        "command": command(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "world_size": world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"toolkit": f"{version('toolkit')} {_commit()}".strip(), **installed(PACKAGES)},
-    }
-
-
-def _commit() -> str:
-    """The checkout's commit, "-dirty" behind it if files differ from it; empty without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return ""
 
 
 def _first_difference(old: object, new: object, path: str = "") -> str:

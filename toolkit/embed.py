@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank, world_size
 from toolkit.data.tokens import Tokens, frame, pad, pad_id, tokenize
 from toolkit.files import replace_text
-from toolkit.models.backbone import check_length, load_adapted, load_encoder_backbone, read_config
+from toolkit.models.backbone import load_adapted, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
+from toolkit.models.lengths import check_length
 from toolkit.models.vocabulary import model_tokenizer
 from toolkit.recipe import EncoderSettings
 from toolkit.vectors import DTYPES, Shard, Store, Vectors, gather_rows, is_finished, open_shard, save_shard

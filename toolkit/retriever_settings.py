@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from toolkit.embed import Retriever
-from toolkit.models.backbone import check_length
 from toolkit.models.encoder import Encoder
+from toolkit.models.lengths import check_length
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
 
 WHAT = "an export, a sentence-transformers model, an adapter or a base model, each a folder or a hub id; or bm25"

@@ -19,9 +19,10 @@ from toolkit.data.tokens import pad, pad_id, tokenize
 from toolkit.embed import Retriever, load_retriever
 from toolkit.export import load_export
 from toolkit.files import expanded
-from toolkit.models.backbone import check_adapter, check_length, check_weights, longest_input, read_config
+from toolkit.models.backbone import check_adapter, check_weights, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import lacks_weights
+from toolkit.models.lengths import check_length, longest_input
 from toolkit.models.vocabulary import fit_tokenizer
 from toolkit.prepare import ADAPTER_CONFIG, base_of_adapter, holds_bare_adapter, hub_problem, on_every_rank, together
 from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError

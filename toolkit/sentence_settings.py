@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import try_to_load_from_cache
 from tokenizers.normalizers import Normalizer
 
-from toolkit.models.backbone import load_tokenizer, longest_input, read_config
+from toolkit.models.backbone import load_tokenizer, read_config
+from toolkit.models.lengths import longest_input
 from toolkit.prepare import base_of_adapter
 from toolkit.recipe import RecipeError
 from toolkit.sentence_layout import POOLING_MODES

@@ -17,7 +17,6 @@ from toolkit.models.backbone import (
     ENCODER_TYPES,
     adapted,
     add_lora,
-    check_length,
     load_causal_lm,
     load_encoder_backbone,
     load_tokenizer,
@@ -25,6 +24,7 @@ from toolkit.models.backbone import (
     read_config,
 )
 from toolkit.models.encoder import Encoder
+from toolkit.models.lengths import check_length
 from toolkit.objectives.language_model import recompute_layers
 from toolkit.recipe import Lora
 

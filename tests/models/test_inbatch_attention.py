@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import toolkit.slicing
-from toolkit.models.backbone import CAUSAL_TYPES, add_lora, check_window, load_causal_lm, read_config
+from toolkit.models.backbone import CAUSAL_TYPES, add_lora, load_causal_lm, read_config
+from toolkit.models.lengths import check_window
 from toolkit.objectives.revela import Revela, build_revela
 
 

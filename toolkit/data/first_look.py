@@ -77,10 +77,8 @@ def no_negatives(wanted: int, looks: list[Look]) -> str:
     held = [f"{one_line(each.name)} ({_held(each)})" for each in looks]
     meant = [column for each in looks for column in each.unused if "neg" in column.lower()]
     hint = f"did you mean fields.negatives {json.dumps(meant)}? Otherwise " if meant else ""
-    fix = (
-        "name the columns in fields.negatives, call them negatives, or negative_1, negative_2 and so on, mine some "
-        "(data.mine), or set data.negatives to 0"
-    )
+    named = "name the columns in fields.negatives, call them negatives, or negative_1, negative_2 and so on, "
+    fix = (named if any(each.columns for each in looks) else "") + "mine some (data.mine), or set data.negatives to 0"
     return one_line(f"data.negatives: {wanted} are asked for, but no row of {' and '.join(held)} has any; {hint}{fix}")
 
 

@@ -15,9 +15,10 @@ from toolkit.data.near_duplicates import near_duplicates
 from toolkit.data.spans import RevelaBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_predicted
-from toolkit.models.backbone import DTYPES, adapted, check_window, load_causal_lm, load_encoder_backbone, read_config
+from toolkit.models.backbone import DTYPES, adapted, load_causal_lm, load_encoder_backbone, read_config
 from toolkit.models.encoder import Encoder
 from toolkit.models.inbatch_attention import INBATCH_ATTENTION, FirstPass, InBatchLanguageModel
+from toolkit.models.lengths import check_window
 from toolkit.models.read_pairs import keep
 from toolkit.objectives import Loss, Objective
 from toolkit.objectives.language_model import logit_chunks, recompute_layers

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from toolkit.models.backbone import add_lora, check_length, check_window, on_meta
+from toolkit.models.backbone import add_lora, on_meta
+from toolkit.models.lengths import check_length, check_window
 from toolkit.recipe import (
     ContrastiveObjective,
     LanguageModelObjective,
