@@ -1,6 +1,7 @@
 """Vectors on disk: found again, taken up after an interruption, never those of other texts, weights or settings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,10 @@ def test_a_folder_that_is_kept_says_what_it_holds_of_others(retriever: Retriever
     )
     assert json.loads(next(store.folder.rglob("encoding.json")).read_text())["texts"] == 41
     leave(Store(tmp_path / "never made", "0"), keep=True)  # nothing was encoded
+    leave(store, keep=False)  # only what this evaluation encoded
+    assert [path.name for path in store.folder.iterdir()] == [old.name]
+    shutil.rmtree(old)
+    encoded(retriever, store)
     leave(store, keep=False)
     assert not store.folder.exists()
 
