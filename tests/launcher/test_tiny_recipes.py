@@ -1,4 +1,4 @@
-"""The tiny recipes of the contrastive methods, in this process on one rank (tiny/revela: test_end_to_end)."""
+"""The tiny recipes in this process on one rank, with golden losses (on two ranks: test_end_to_end)."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden import check_golden, write_library
 from in_process import start
 from recipe_changes import RECIPES
 from safetensors.torch import load_file
@@ -24,11 +25,9 @@ SCALARS = {
 
 
 @pytest.fixture
-def part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two of the standard library's packages in place of all; the whole would be read and tokenized for a minute."""
-    for name in ("asyncio", "logging"):
-        shutil.copytree(stdlib_corpus.STDLIB / name, tmp_path / "library" / name)
-    part = stdlib_corpus._read(tmp_path / "library")
+def made_up_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A small library in place of Python's own, which differs between versions and takes a minute to read."""
+    part = stdlib_corpus._read(write_library(tmp_path / "library"))
     monkeypatch.setattr(stdlib_corpus, "_read", lambda _: part)
     monkeypatch.setattr(stdlib_corpus, "_queries", functools.cache(stdlib_corpus._queries.__wrapped__))
     stdlib_corpus.summary.cache_clear()
@@ -37,10 +36,11 @@ def part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.mark.parametrize("method", ["contrastive", "recontriever"])
-@pytest.mark.usefixtures("part_of_the_corpus")
+@pytest.mark.usefixtures("made_up_corpus")
 def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     recipe = json.loads((RECIPES / "tiny" / f"{method}.json").read_text())
     assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
+    check_golden(method, tmp_path / "run")
     first, second = (tmp_path / "run" / f"stage_{i}_{stage['name']}" for i, stage in enumerate(recipe["stages"]))
     for folder in (first, second):
         done = json.loads((folder / "done.json").read_text())
@@ -61,7 +61,21 @@ def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypat
     assert changed and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in changed)
 
 
-@pytest.mark.usefixtures("part_of_the_corpus")
+@pytest.mark.usefixtures("made_up_corpus")
+def test_golden_losses_of_revela_and_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    recipe = json.loads((RECIPES / "tiny" / "revela.json").read_text())
+    assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err
+    check_golden("revela", tmp_path / "run")
+    monkeypatch.delenv("UPDATE_GOLDEN", raising=False)
+    log = tmp_path / "run" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[-1]["loss"] *= 1 + 5e-4  # control
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(AssertionError):
+        check_golden("revela", tmp_path / "run")
+
+
+@pytest.mark.usefixtures("made_up_corpus")
 def test_neighbours_and_near_duplicates_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """BM25 for the language model, embeddings and masks for Revela; the log tells the share of masked pairs."""
     recipe = json.loads((RECIPES / "tiny" / "revela.json").read_text())
@@ -69,6 +83,7 @@ def test_neighbours_and_near_duplicates_of_a_run(tmp_path: Path, monkeypatch: py
     first["data"]["neighbours"] = {"by": "bm25", "text": "code"}
     second["data"] |= {"neighbours": {"by": "embeddings"}, "near_duplicates": {"ngram": 1, "threshold": 0.2}}
     assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
+    check_golden("neighbours", tmp_path / "run")
     assert len(list((tmp_path / "run" / "prepared").glob("bundles_*"))) == 2
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 2, 3, 4] * 2
@@ -78,7 +93,7 @@ def test_neighbours_and_near_duplicates_of_a_run(tmp_path: Path, monkeypatch: py
     assert all(line["loss"] > 0 and math.isfinite(line["grad_norm"]) for line in logged)
 
 
-@pytest.mark.usefixtures("part_of_the_corpus")
+@pytest.mark.usefixtures("made_up_corpus")
 def test_a_stage_on_negatives_that_the_one_before_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -87,6 +102,7 @@ def test_a_stage_on_negatives_that_the_one_before_finds(
     assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.count("data.sources.0: mined: ") == 1
     run = tmp_path / "run"
+    check_golden("mined", run)
     last = run / "stage_2_mined"
     weights = load_file(last / "export" / "adapter_model.safetensors")
     (mined,) = (run / "prepared").glob("mined_*")
