@@ -8,9 +8,10 @@ EXTRA ?= cpu
 RANKS ?= 2
 
 VENV = . .venv/bin/activate &&
-PYTEST = $(VENV) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile
+PYTEST = $(VENV) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-all lint recipes
+.PHONY: quickstart test test-main test-all lint recipes
 
 quickstart: .venv/installed-$(EXTRA)
 	@$(VENV) gpus=$$(python -c 'import torch; n = torch.cuda.device_count(); print(max(r for r in (0, 1, 2, 4, 8) if r <= n))'); \
@@ -23,10 +24,14 @@ quickstart: .venv/installed-$(EXTRA)
 	fi
 
 test: .venv/installed-cpu,test
-	$(PYTEST) -m "not full"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not full and not main"
+
+# The quickstart in small: two ranks train, export, evaluate and report; it is also killed, goes on, and gives the same.
+test-main: .venv/installed-cpu,test
+	$(PYTEST) -m main
 
 test-all: .venv/installed-cpu,test
-	$(PYTEST)
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 lint: .venv/installed-cpu,test
 	$(VENV) ruff check . && ruff format --check . && pyright

@@ -1,0 +1,1 @@
+"""Scoring a retriever on collections, comparing systems, and the tables and plots of a report."""

@@ -12,7 +12,7 @@ import numpy as np
 from eval.results import title
 from eval.significance import Comparison, compare, holm
 from eval.tables import console, print_table
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 SEED = 0  # of the resampling: the same results give the same figures
 HEADER = ("difference [95 %]", "p", "p Holm", "+/=/-", "detectable")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.folders import content_digest
+from eval.local_tasks import content_digest
 from eval.mteb_files import UNFINISHED, Scored, remove_scored, task_file
 from eval.results import Result, Written, file_name, versions
 from eval.tasks import MtebTask, Task

@@ -21,15 +21,17 @@ from eval.scores import DEPTH, as_run, per_query_scores
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
 from eval.trec import keep_rankings
-from toolkit import bm25
 from toolkit.collectives import on_rank_zero, rank, world_size
-from toolkit.embed import Retriever, checkpoint_digest, encode
-from toolkit.prepare import on_every_rank, together
-from toolkit.recipe import EvalSettings, RecipeError
-from toolkit.retriever_settings import for_task, with_settings
-from toolkit.search import search, search_among
-from toolkit.vectors import Store, adopt, gather_rows, leave
-from toolkit.words import reading_of
+from toolkit.models.retriever import Retriever
+from toolkit.ranks.together import on_every_rank, together
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval import bm25
+from toolkit.retrieval.embed import checkpoint_digest, encode
+from toolkit.retrieval.search import search, search_among
+from toolkit.retrieval.settings import for_task, with_settings
+from toolkit.retrieval.vectors import Store, adopt, gather_rows, leave
+from toolkit.retrieval.words import reading_of
 
 
 class Ranked(NamedTuple):
@@ -138,7 +140,7 @@ def evaluate_bm25(
     Prose is read in the language of `changes`, or in each collection's own as detected; metrics.json says in which, and
     for how many queries nothing is found. If that are more than half, a warning says so. Tasks without a search
     (clustering and so on) are left out and named in metrics.json. `cache` keeps the index of each collection
-    (toolkit.bm25.bm25_index).
+    (toolkit.retrieval.bm25.bm25_index).
     """
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
 

@@ -3,23 +3,21 @@
 Called by eval.suites.
 """
 
-import hashlib
-import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from eval.limits import Pairs, excluded_ids, with_limits
+from eval.local_tasks import choose_split, content_digest, local_task, with_revision
 from eval.tasks import Task
 from toolkit.data.beir import beir_rows, beir_splits, read_beir_texts, read_judgements, titled
 from toolkit.data.records import Collection, check_encodable
 from toolkit.data.source_files import is_hub_layout
-from toolkit.files import expanded, sha256
-from toolkit.recipe import RecipeError, one_line
+from toolkit.files import expanded
+from toolkit.recipe.errors import RecipeError, one_line
 
 QUICK_DOCUMENTS = 2_000
 QUICK_SEED = 0  # one cut for all: scores of different runs can be compared
@@ -50,45 +48,6 @@ def folder_and_split(name: str) -> tuple[Path, str | None]:
     return expanded(folder), wanted
 
 
-def local_task(collection: Collection, task_name: str, split: str, code: bool = False) -> Task:
-    """A collection of one's own; queries without judgements are left out, its revision is a digest of its content."""
-    judged = {query: collection.queries[query] for query in collection.qrels}
-    kept = collection._replace(queries=judged)
-    return Task(kept, task_name, "default", split, content_digest(collection), ["eng-Latn"], code=code)
-
-
-def content_digest(*parts: Mapping[str, Any] | Collection) -> str:
-    """16 hex digits of mappings, fed entry by entry."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for name, value in part._asdict().items() if isinstance(part, Collection) else part.items():
-            entries = value.items() if isinstance(value, dict) else [("", value)]
-            digest.update(json.dumps(name).encode())
-            for key, entry in entries:
-                digest.update(json.dumps([key, entry]).encode())
-    return digest.hexdigest()[:16]
-
-
-def files_digest(folder: Path) -> str:
-    """16 hex digits of the names and contents of a folder's files, hidden ones left out."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            digest.update(json.dumps([name.as_posix(), sha256(path)]).encode())
-    return digest.hexdigest()[:16]
-
-
-def choose_split(folder: Path, splits: list[str], wanted: str | None) -> str:
-    """The split that is wanted; otherwise test, or the only one."""
-    if wanted is None:
-        wanted = "test" if "test" in splits else splits[0] if len(splits) == 1 else None
-    if wanted not in splits:
-        found = ", ".join(f"{folder}:{s}" for s in splits) or "none (a split is a file qrels/NAME.tsv)"
-        raise RecipeError(one_line(f"{folder}: name one of its splits; found {found}"))
-    return wanted
-
-
 # --------------------------------------------------------------------------- layouts
 
 
@@ -106,14 +65,6 @@ def _load_beir(folder: Path, wanted: str | None) -> Task:
     name = folder.resolve().name
     task = local_task(Collection(f"{name}:{split}", documents, queries, qrels), name, split)
     return with_revision(with_limits(task, folder, split, queries, excluded))
-
-
-def with_revision(task: Task) -> Task:
-    """A folder's collection whose revision tells what its queries may find, too, if anything limits that."""
-    limits = {"excluded": task.excluded or {}, "candidates": task.candidates or {}}
-    if task.excluded is None and task.candidates is None:
-        return task
-    return task._replace(revision=content_digest(task.collection, {"answers": task.answers or {}}, limits))
 
 
 def _load_answers(folder: Path) -> Task:
@@ -152,7 +103,7 @@ def _load_answers(folder: Path) -> Task:
 
 
 def _load_hub_layout(folder: Path, wanted: str | None) -> Task:
-    from eval.mteb_tasks import hub_splits, read_hub_layout  # imports mteb, which takes seconds
+    from eval.hub_layout import hub_splits, read_hub_layout  # imports mteb, which takes seconds
 
     split = choose_split(folder, hub_splits(folder), wanted)
     name = folder.resolve().name

@@ -1,6 +1,6 @@
 """Which documents a query may find in a folder: excluded.tsv, excluded_ids in queries.jsonl, candidates.tsv.
 
-Called by eval.folders and, for folders in the hub's layout, by eval.mteb_tasks.
+Called by eval.folders and, for folders in the hub's layout, by eval.hub_layout.
 """
 
 import sys
@@ -14,7 +14,7 @@ from toolkit.data.beir import beir_rows
 from toolkit.data.faults import RowFault
 from toolkit.data.lines import decoded, numbered_lines
 from toolkit.data.records import kind_of
-from toolkit.recipe import RecipeError, one_line
+from toolkit.recipe.errors import RecipeError, one_line
 
 FIELD = "excluded_ids"  # BRIGHT's name of the column
 NONE = "N/A"  # BRIGHT's word for none, in a list

@@ -15,9 +15,10 @@ from eval.mteb_files import Scored
 from eval.results import MtebResult
 from eval.tasks import MtebTask
 from toolkit.collectives import on_rank_zero, rank
-from toolkit.embed import Retriever, encode
-from toolkit.recipe import EvalSettings
-from toolkit.retriever_settings import for_task
+from toolkit.models.retriever import Retriever
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval.embed import encode
+from toolkit.retrieval.settings import for_task
 
 TEXTS_PER_REQUEST = 8192  # they travel as text
 
@@ -28,7 +29,7 @@ class MtebEncoder:
     """mteb's EncoderProtocol around a function (task, its type, "query" or "passage", texts) -> vectors."""
 
     def __init__(self, model_name: str, revision: str | None, *, embed: Embed, cosine: bool, **kwargs: Any) -> None:
-        from mteb.models.model_meta import ModelMeta, ScoringFunction
+        from mteb.models.model_meta import ModelMeta, ScoringFunction  # mteb takes seconds
 
         self._embed = embed
         self._cosine = cosine
@@ -52,12 +53,12 @@ class MtebEncoder:
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        from mteb.similarity_functions import cos_sim, dot_score
+        from mteb.similarity_functions import cos_sim, dot_score  # mteb takes seconds
 
         return (cos_sim if self._cosine else dot_score)(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        from mteb.similarity_functions import pairwise_cos_sim, pairwise_dot_score
+        from mteb.similarity_functions import pairwise_cos_sim, pairwise_dot_score  # mteb takes seconds
 
         return (pairwise_cos_sim if self._cosine else pairwise_dot_score)(embeddings1, embeddings2)
 
@@ -78,7 +79,7 @@ def score_by_mteb(
     def score(embed: Embed) -> dict[str, Any]:
         import mteb  # takes seconds to import: only for those who ask for it
 
-        from eval.mteb_tasks import readable
+        from eval.hub_layout import readable  # imports mteb
 
         encoder = MtebEncoder(*scored, embed=embed, cosine=retriever.settings.normalize)
         options: Any = {"batch_size": 64, "show_progress_bar": False}

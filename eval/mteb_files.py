@@ -70,8 +70,8 @@ def _revision_folder(folder: Path, scored: Scored) -> Path:
 
 def write_aggregates(folder: Path, scored: Scored, names: set[str]) -> None:
     """Write those of these tasks that are means of others (CQADupstackRetrieval), where all others are there."""
-    import mteb
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+    import mteb  # takes seconds, as above
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate  # mteb again
 
     for name in sorted(names):
         try:

@@ -11,7 +11,7 @@ from eval.earlier import DAMAGED, as_result, data_digest, finished_collection, f
 from eval.mteb_encoder import by_collection
 from eval.mteb_files import Scored, write_aggregates, write_task
 from eval.results import Groups, MtebResult, Result, Written, title, write_collection, write_mteb_task, write_results
-from eval.suites import OPEN_GROUPS
+from eval.suite_names import OPEN_GROUPS
 from eval.tasks import MtebTask, Task
 from toolkit.collectives import on_rank_zero, rank
 from toolkit.data.records import Collection

@@ -9,15 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from eval.compare import print_comparisons, read_system
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MAIN, file_name
 from eval.suites import check_prompts, expand
 from toolkit.collectives import on_rank_zero, rank
-from toolkit.command import exit_code
-from toolkit.last_words import end
-from toolkit.recipe import EvalSettings, RecipeError
-from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags
-from toolkit.roll_call import join_ranks
+from toolkit.ranks.command import exit_code
+from toolkit.ranks.last_words import end
+from toolkit.ranks.roll_call import join_ranks
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval.retrievers import load_any
+from toolkit.retrieval.settings import add_model_flags, check_bm25_flags, settings_from_flags
 
 SUITE = (
     "stage, beir, coir, bright, msmarco, stdlib:dev, stdlib:test, FOLDER, FOLDER:split, quick:FOLDER, quick (of every "
@@ -93,8 +96,6 @@ def _run(arguments: argparse.Namespace) -> None:
         folder = rows["BM25"] = output or Path("eval_bm25")
         evaluate_bm25(suites, folder, changes, arguments.bm25_cache)
     else:
-        from toolkit.retrievers import load_any
-
         retriever, prompts = load_any(what, arguments.adapter, changes, device)
         changes = changes.model_copy(update={"prompts": prompts | changes.prompts})
         folder = output or _default_output(what, arguments.suite)
@@ -118,8 +119,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _check_ahead(arguments: argparse.Namespace, changes: EvalSettings, suites: list[str]) -> None:
     """Raise RecipeError, before anything is scored, for what would be seen after it, or never."""
-    from eval.compare import read_system  # imports scipy, which takes a second
-
     check_prompts(changes.prompts, suites)
     for folder in arguments.compare:
         read_system(folder, str(folder))
@@ -138,8 +137,6 @@ def _check_place(flag: str, folder: Path) -> None:
 
 def _print_comparisons(folder: Path, rows: dict[str, Path], others: list[Path]) -> None:
     """The result against BM25, where that has scores of two queries or more of a collection, and the earlier ones."""
-    from eval.compare import print_comparisons, read_system
-
     if "retriever" in rows and "BM25" in rows:
         lexical = read_system(rows["BM25"], "BM25")
         if any(len(lexical.main_scores(name)) > 1 for name in lexical.metrics):

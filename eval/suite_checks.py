@@ -9,12 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.folders import choose_split, folder_and_split, is_folder
-from eval.suites import STDLIB, find_tasks, load_suite, means_folder, mteb_name
+from eval.folders import folder_and_split, is_folder
+from eval.local_tasks import choose_split
+from eval.suite_names import STDLIB
+from eval.suites import find_tasks, load_suite, means_folder, mteb_name
 from toolkit.data.beir import beir_rows, beir_splits, read_judgements
 from toolkit.data.hub import hub_error
 from toolkit.data.source_files import is_hub_layout
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 _FIRST = 100  # rows of a corpus and of queries that are looked at
 
@@ -66,7 +68,7 @@ def check_on_hub(data: HubData) -> None:
         Unreachable: without network and without a copy in the cache.
         NotKnown: if only mteb can tell, which loads the data of some tasks in ways of its own.
     """
-    import datasets
+    import datasets  # takes seconds to import: for data of the hub alone
 
     try:
         datasets.get_dataset_config_names(data.name, revision=data.revision)
@@ -81,7 +83,7 @@ def check_on_hub(data: HubData) -> None:
 def _check_folder(name: str) -> None:
     folder, wanted = folder_and_split(name)
     if is_hub_layout(folder):
-        from eval.mteb_tasks import hub_splits
+        from eval.hub_layout import hub_splits  # imports mteb, which takes seconds
 
         choose_split(folder, hub_splits(folder), wanted)
         return

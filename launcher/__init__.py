@@ -1,0 +1,1 @@
+"""The command that runs a recipe: its checks, its stages one after another, its dry run and its report."""

@@ -4,14 +4,17 @@ Called by launcher/stages.py before the first stage and by --dry-run.
 """
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eval.suite_checks import HubData, NotKnown, check_on_hub, check_suite
 from eval.suites import check_prompts, expand
-from toolkit.data.first_look import Look, count_rows, look, no_negatives, too_few
+from toolkit.data.first_look import Look
 from toolkit.data.hub import Unreachable, reachable
-from toolkit.data.records import check_group_sizes
-from toolkit.recipe import ContrastiveObjective, Data, HubSource, Recipe, RecipeError, Source, source_name
+from toolkit.methods import method_of
+from toolkit.methods.method import Method
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sources import HubSource, Source, source_name
 
 _NO_NETWORK = "the hub cannot be reached"
 
@@ -38,18 +41,21 @@ def look_ahead(recipe: Recipe, dry: bool, stages: Collection[int] | None = None)
     known: dict[str, Look | RecipeError] = {}
     for index in range(len(recipe.stages)) if stages is None else stages:
         stage = recipe.stages[index]
-        for number, source in enumerate(stage.data.sources):
-            key = f"{source.model_dump_json()} {stage.data.negatives} {stage.data.faulty_rows}"
+        data, method = stage.data, method_of(stage.objective.name)
+        settings = f"{stage.objective.name} {data.model_dump_json(exclude={'sources'})}"
+        for number, source in enumerate(data.sources):
+            key = f"{source.model_dump_json()} {settings}"
             if key not in known:
-                known[key] = _look(source, stage.data, dry)
+                known[key] = _look(source, data, method, dry)
             at, seen = f"stages.{index}.data.sources.{number}", known[key]
             if isinstance(seen, Look):
                 found.looks[index, number] = seen
                 found.said.extend(line for line in [f"data: {seen.line}"] if seen.line and line not in found.said)
             else:
                 _add(found, at, seen, dry)
-        looks = {n: found.looks[index, n] for n in range(len(stage.data.sources)) if (index, n) in found.looks}
-        _check_rows(found, index, stage.data, looks, isinstance(stage.objective, ContrastiveObjective))
+        looks = {n: found.looks[index, n] for n in range(len(data.sources)) if (index, n) in found.looks}
+        for is_problem, line in method.warn(data, looks):
+            (found.problems if is_problem else found.warnings).append(f"stages.{index}.{line}")
     _check_suites(found, recipe, dry)
     return found
 
@@ -67,43 +73,13 @@ def _add(found: Ahead, at: str, error: RecipeError, dry: bool) -> None:
 # --------------------------------------------------------------------------- sources
 
 
-def _look(source: Source, data: Data, dry: bool) -> Look | RecipeError:
+def _look(source: Source, data: Any, method: Method, dry: bool) -> Look | RecipeError:
     if dry and isinstance(source, HubSource) and not reachable():
         return Unreachable(f"{source_name(source)}: {_NO_NETWORK}")
     try:
-        seen = look(source, data)
-        if source.limit is not None and (total := count_rows(source)[0]) is not None and total < source.limit:
-            problem = f"limit: {source.limit} rows are more than the source's {total}; lower or remove it"
-            return RecipeError(problem)
-        return seen
+        return method.look(source, data)
     except RecipeError as error:
         return error
-
-
-def _check_rows(found: Ahead, index: int, data: Data, looks: dict[int, Look], contrastive: bool) -> None:
-    """What the first rows of a stage's sources show together."""
-    at = f"stages.{index}.data"
-    sizes = {
-        len(record.texts): source_name(data.sources[number])
-        for number, each in looks.items()
-        for record in each.texts
-        if data.sources[number].model_dump().get("format") == "groups"
-    }
-    try:
-        check_group_sizes(sizes)
-    except RecipeError as error:
-        found.problems.append(f"{at}.sources: {str(error).removeprefix('data.sources: ')}")
-    if not contrastive or data.mine is not None:
-        return
-    if data.negatives and len(looks) == len(data.sources) and all(each.negatives is False for each in looks.values()):
-        found.problems.append(f"stages.{index}.{no_negatives(data.negatives, list(looks.values()))}")
-        return
-    for number, each in looks.items():
-        have = {"positives": [len(pair.positives) for pair in each.pairs]}
-        have["negatives"] = [len(pair.negatives) for pair in each.pairs]
-        for key, wanted in (("positives", data.positives), ("negatives", data.negatives)):
-            if line := too_few(key, wanted, have[key], "rows looked at"):
-                found.warnings.append(f"{at}.sources.{number}: {line}")
 
 
 # --------------------------------------------------------------------------- suites

@@ -15,21 +15,16 @@ from transformers import PretrainedConfig
 from launcher.ahead import Ahead, look_ahead
 from launcher.dry_data import data_lines
 from toolkit.files import expanded
+from toolkit.methods import keys_of
 from toolkit.models.adapters import check_continued, check_settings
 from toolkit.models.backbone import llama_config, on_meta, read_config
 from toolkit.models.formats import pickled_model
+from toolkit.models.places import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.models.vocabulary import model_tokenizer
-from toolkit.prepare import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter, hub_problem
-from toolkit.recipe import (
-    BuildStart,
-    FolderStart,
-    HubStart,
-    Recipe,
-    RecipeError,
-    RevelaObjective,
-    Start,
-)
-from toolkit.start_settings import Unresolved, resolve_stage
+from toolkit.prepare.start_settings import Unresolved, resolve_stage
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.models import BuildStart, FolderStart, HubStart, Start
+from toolkit.recipe.schema import Recipe
 from toolkit.training.deepspeed_config import ds_config
 from toolkit.training.numbers import derived, parameter_counts, render
 
@@ -85,11 +80,8 @@ def stage_parameters(recipe: Recipe, index: int) -> dict[str, int]:
         RecipeError, ValueError: if a model is not there, not supported, or does not fit the recipe.
     """
     stage = recipe.stages[index]
-    encoder = _config(recipe, index, stage.start)
-    objective = stage.objective
-    revela = isinstance(objective, RevelaObjective)
-    reader = _config(recipe, index, objective.language_model.start) if revela else None
-    return parameter_counts(stage, encoder, reader)
+    models = keys_of(stage.objective.name).models(stage)
+    return parameter_counts(stage, {model.name: _config(recipe, index, model.start) for model in models})
 
 
 def _config(recipe: Recipe, index: int, start: Start) -> PretrainedConfig:

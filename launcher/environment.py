@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from eval.results import installed
 from toolkit.collectives import world_size
+from toolkit.training.loop import command
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentence-transformers", "mteb", "bm25s")
 PACKAGES += ("faiss-cpu", "faiss-gpu", "pytrec-eval-terrier", "scipy", "numpy")
@@ -17,9 +19,6 @@ PACKAGES += ("faiss-cpu", "faiss-gpu", "pytrec-eval-terrier", "scipy", "numpy")
 
 def environment() -> dict[str, Any]:
     """Where a run takes place: command, versions, machine; no variable of the environment."""
-    from eval.results import installed
-    from toolkit.training.loop import command
-
     return {
         "command": command(),
         "python": platform.python_version(),

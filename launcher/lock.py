@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from toolkit.last_words import notice
-from toolkit.recipe import RecipeError
+from toolkit.ranks.last_words import notice
+from toolkit.recipe.errors import RecipeError
 
 LOCK = ".lock"
 SECONDS_TO_FREE = 120

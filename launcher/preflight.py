@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.distributed import DistNetworkError, DistStoreError
 
-from toolkit.recipe import Recipe, RecipeError
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 SECONDS_TO_ANSWER = 120

@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from toolkit.last_words import (
+from toolkit.ranks.last_words import (
     SECONDS_TO_SPEAK,
     STOPPED,
     Interrupted,
@@ -20,9 +20,10 @@ from toolkit.last_words import (
     is_told_by_another,
     say,
 )
-from toolkit.meeting import check_place
-from toolkit.mpi import adopt_mpi_ranks
-from toolkit.recipe import Recipe, RecipeError, load_recipe
+from toolkit.ranks.meeting import check_place
+from toolkit.ranks.mpi import adopt_mpi_ranks
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe, load_recipe
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +67,7 @@ def main() -> int:
 
 def _dry_run(recipe: Recipe, only: int | None) -> int:
     if is_first_rank():
-        from launcher.dry_run import dry_run
+        from launcher.dry_run import dry_run  # imports torch and transformers, which no mistake in a recipe waits for
 
         text = dry_run(recipe, only, int(os.environ.get("WORLD_SIZE", "1")))
         try:
@@ -80,20 +81,28 @@ def _run(recipe: Recipe, run: Path, only: int | None) -> int:
     if "RANK" in os.environ:
         check_place()
 
-    from launcher.stages import run_stages
-    from launcher.stop import Stopped
+    # torch and DeepSpeed: a mistake in the recipe or in the place is said before they are imported, which takes seconds
+    from launcher.preflight import compare_ranks
     from toolkit.collectives import RankZeroFailed
-    from toolkit.watch import LOST, Diverged
+    from toolkit.ranks.process_group import start_distributed
+    from toolkit.ranks.watch import LOST, Diverged, Watch
 
     try:
-        run_stages(recipe, run, only)
-    except (Stopped, Interrupted, Diverged) as ended:
+        device = start_distributed(lambda store: compare_ranks(store, recipe, run))
+        with Watch() as watch:
+            # transformers and much more: ranks that do not meet or whose versions differ are named before it
+            from launcher.stages import run_stages
+
+            stopped = run_stages(recipe, run, only, device, watch)
+    except (Interrupted, Diverged) as ended:
         say(str(ended))
-        return {Stopped: 3, Interrupted: STOPPED, Diverged: LOST}[type(ended)]
+        return {Interrupted: STOPPED, Diverged: LOST}[type(ended)]
     except RankZeroFailed:  # rank 0 says why; the launcher ends it when this rank ends
         time.sleep(SECONDS_TO_SPEAK)
         return 2
-    return 0
+    if stopped:
+        say(stopped)
+    return 3 if stopped else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The stages of a run, in order: evaluate each start, then train, export and evaluate; then the report.
 
-Called by launcher/run.py on every rank, with a valid recipe. A finished stage is skipped, an unfinished one goes on.
+Called by launcher/run.py on every rank, with a valid recipe, once all ranks have met. A finished stage is skipped, an
+unfinished one goes on.
 """
 
 import json
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from eval.evaluate import evaluate
+from eval.report import Origin, ReportRow, TrainingRow, write_report
+from eval.suites import data_state
+from launcher.ahead import look_ahead
+from launcher.dry_run import Unresolved, stage_parameters
 from launcher.environment import environment
 from launcher.lock import LOCK, locked
-from launcher.preflight import compare_ranks
 from launcher.starts import (
     bm25_is_scored,
     evaluate_start,
@@ -26,36 +32,44 @@ from launcher.starts import (
     start_scores,
     with_suites,
 )
-from launcher.stop import Stopped, check_stops, reason_to_stop
+from launcher.stop import check_stops, reason_to_stop
 from toolkit.collectives import on_rank_zero, world_size
+from toolkit.export.card import add_scores
+from toolkit.export.write import load_export
 from toolkit.files import replace_text
-from toolkit.prepare import on_every_rank
-from toolkit.recipe import EncoderKeys, Recipe, RecipeError, batch_numbers
-from toolkit.watch import Watch
+from toolkit.methods.costs import SOURCE
+from toolkit.prepare.start_settings import resolve_recipe, with_encoders
+from toolkit.ranks.together import on_every_rank
+from toolkit.ranks.watch import Watch
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.models import EncoderKeys
+from toolkit.recipe.schema import Recipe, recipe_type, stage_folder
+from toolkit.recipe.stage import batch_numbers
+from toolkit.training.loop import train_stage
+from toolkit.training.metrics import write_eval_scalars
+from toolkit.training.numbers import render
 
 
-def run_stages(recipe: Recipe, run: Path, only: int | None) -> None:
+def run_stages(recipe: Recipe, run: Path, only: int | None, device: torch.device, watch: Watch) -> str:
     """Run every stage of a recipe (or the one numbered `only`) in the folder `run`.
+
+    Returns:
+        Why the run stopped early, after the report, on all ranks: a stage is worse than its eval.stop_if_worse allows;
+        empty if it did not.
 
     Raises:
         RecipeError: for anything the user can mend; RankZeroFailed on the other ranks where rank 0 says why.
-        Stopped: on all ranks, after the report, if a stage is worse than its eval.stop_if_worse allows.
         Interrupted, Diverged: as train_stage.
     """
-    from toolkit.training.process_group import start_distributed
-
-    device = start_distributed(lambda store: compare_ranks(store, recipe, run))
-    with Watch() as watch, ExitStack() as held:
+    with ExitStack() as held:
         recipe, told = with_settings(recipe)
         on_rank_zero(lambda: check_ahead(recipe, world_size(), unfinished(recipe, run, only)))
         on_rank_zero(lambda: open_run(recipe, run, held))
-        _run_stages(recipe, told, run, only, device, watch)
+        return _run_stages(with_suites(recipe), told, run, only, device, watch)
 
 
 def with_settings(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """A recipe with complete encoder sections, the same on every rank, and the text that each stage begins with."""
-    from toolkit.start_settings import resolve_recipe, with_encoders
-    from toolkit.training.numbers import render
 
     def found() -> list[Any]:
         with mendable("encoder"):
@@ -68,8 +82,7 @@ def with_settings(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 def _run_stages(
     recipe: Recipe, told: list[str], run: Path, only: int | None, device: torch.device, watch: Watch
-) -> None:
-    recipe = with_suites(recipe)
+) -> str:
     if only:
         on_rank_zero(lambda: check_order(recipe, only, run))
     with mendable("BM25"):
@@ -90,14 +103,11 @@ def _run_stages(
         reason = stop_after(recipe, indices[-1], run)
     with mendable("report"):
         on_rank_zero(lambda: report(recipe, run, reason))
-    if reason:
-        raise Stopped(reason)
+    return reason
 
 
 def say_encoder(recipe: Recipe, index: int, run: Path, text: str) -> None:
     """Print how a stage that is to train reads its texts, and where that is not as the model was trained."""
-    from toolkit.training.loop import stage_folder
-
     if not is_done(stage_folder(run, recipe, index)):
         print(f"stage {recipe.stages[index].name}: encoder\n{text}", flush=True)
 
@@ -110,8 +120,6 @@ def stop_after(recipe: Recipe, index: int, run: Path) -> str:
 
 def check_order(recipe: Recipe, index: int, run: Path) -> None:
     """Raise RecipeError if a stage is to run whose predecessor is not finished."""
-    from toolkit.training.loop import stage_folder
-
     if not any(is_done(stage_folder(run, recipe, i)) for i in (index, index - 1)):
         name = recipe.stages[index].name
         raise RecipeError(f"stage {index} {name}: the stage before it is not finished; run that first")
@@ -119,9 +127,6 @@ def check_order(recipe: Recipe, index: int, run: Path) -> None:
 
 def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device, watch: Watch) -> None:
     """Train, export and evaluate one stage, unless that is done."""
-    from eval.suites import data_state
-    from toolkit.training.loop import stage_folder, train_stage
-
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     if on_rank_zero(lambda: is_done(folder)):
         on_rank_zero(lambda: print(f"stage {index} {stage.name}: finished in {folder}; skipped", flush=True))
@@ -135,9 +140,6 @@ def run_stage(recipe: Recipe, index: int, run: Path, device: torch.device, watch
 
 def rescore(recipe: Recipe, index: int, run: Path, device: torch.device) -> None:
     """Evaluate a finished stage, and the start it goes back to, again if the data of its suites changed since."""
-    from eval.suites import data_state
-    from toolkit.training.loop import stage_folder
-
     stage, folder, first = recipe.stages[index], stage_folder(run, recipe, index), origin(recipe, index)
     done = on_rank_zero(lambda: json.loads((folder / "done.json").read_text(encoding="utf-8")))
     data = on_rank_zero(lambda: data_state(stage.eval.suites))
@@ -168,9 +170,6 @@ def check_ahead(recipe: Recipe, ranks: int, stages: Collection[int] | None = Non
     Looks at the data and models of `stages` (None: all), those that are to be trained, and at every suite.
     Says which columns of each source are used. Raises RecipeError with every problem, one a line.
     """
-    from launcher.ahead import look_ahead
-    from launcher.dry_run import Unresolved, stage_parameters
-
     check_stops(recipe)
     found = look_ahead(recipe, dry=False, stages=stages)
     problems = list(found.problems)
@@ -196,7 +195,7 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
     Until `held` ends no other process may have the folder.
 
     Stages that have not begun may differ from the run's recipe: they are taken from this one. A stage has begun once
-    it has logged a step.
+    it has logged a step. What describes a recipe (description, hardware, memory, time, sources) may differ too.
     """
     path = run / "recipe.json"
     try:
@@ -205,6 +204,7 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
         run.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(run))
         if path.exists():
+            _check_version(path)
             old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(recipe.to_json())
             logged = _logged_stages(run / "log.jsonl")
             begun = [
@@ -213,7 +213,9 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
                 if stage["name"] in logged or (run / f"stage_{i}_{stage['name']}").exists()
             ]
             count = max(begun, default=-1) + 1
-            old, new = ({**raw, "stages": raw["stages"][:count]} for raw in (old, new))
+            old, new = (
+                {"name": raw["name"], "seed": raw["seed"], "stages": raw["stages"][:count]} for raw in (old, new)
+            )
             for stage in (*old["stages"], *new["stages"]):
                 stage["eval"].pop("stop_if_worse", None)  # decides what comes after the stage, which may be changed
                 stage.pop("guard", None)  # changes no result
@@ -225,6 +227,17 @@ def open_run(recipe: Recipe, run: Path, held: ExitStack) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{run}: cannot be used as run folder ({reason}); choose another --output") from None
+
+
+def _check_version(path: Path) -> None:
+    """RecipeError where the recipe that a run has written is none of this version: its keys mean other things."""
+    try:
+        recipe_type().model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError:
+        raise RecipeError(
+            f"{path.parent}: was made by another version of this toolkit, whose recipe.json has other keys; go on with "
+            "that version, or choose another --output"
+        ) from None
 
 
 def _logged_stages(log: Path) -> set[str]:
@@ -244,17 +257,11 @@ def _first_difference(old: object, new: object, path: str = "") -> str:
     else:
         return "" if old == new else f"{path}: {json.dumps(old)[:40]} there, {json.dumps(new)[:40]} here"
     found = (_first_difference(a, b, f"{path}.{key}".removeprefix(".")) for key, a, b in pairs if a != b)
-    return next(found, "")
+    return next(filter(None, found), "")
 
 
 def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device) -> dict[str, dict[str, float]]:
     """Evaluate a stage's export as a user would load it; scores go to TensorBoard and the model card."""
-    from eval.evaluate import evaluate
-    from toolkit.export import load_export
-    from toolkit.model_card import add_scores
-    from toolkit.training.loop import stage_folder
-    from toolkit.training.metrics import write_eval_scalars
-
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     if not stage.eval.suites:
         return {}
@@ -281,8 +288,6 @@ def is_done(folder: Path) -> bool:
 
 def finished_stages(recipe: Recipe, run: Path) -> list[int]:
     """Numbers of the stages that are done."""
-    from toolkit.training.loop import stage_folder
-
     return [index for index in range(len(recipe.stages)) if is_done(stage_folder(run, recipe, index))]
 
 
@@ -302,10 +307,6 @@ def report(recipe: Recipe, run: Path, stopped: str) -> None:
 
     A stage is compared with BM25, with the model before training that it goes back to, and with the stage before it.
     """
-    from eval.report import Origin, ReportRow, TrainingRow, write_report
-    from toolkit.training.costs import SOURCE
-    from toolkit.training.loop import stage_folder
-
     folders = [stage_folder(run, recipe, index) for index in range(len(recipe.stages))]
     done = finished_stages(recipe, run)
     labels = [f"{index} {stage.name}" for index, stage in enumerate(recipe.stages)]

@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 
+from eval.evaluate import evaluate, evaluate_bm25
+from eval.suites import check_prompts, data_state, expand
 from toolkit.collectives import on_rank_zero
 from toolkit.files import replace_text
-from toolkit.prepare import ModelSource, on_every_rank
-from toolkit.recipe import BuildStart, EvalSettings, Recipe, Stage
+from toolkit.models.backbone import DTYPES
+from toolkit.models.places import ModelSource
+from toolkit.models.retriever import load_retriever
+from toolkit.ranks.together import on_every_rank
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.models import BuildStart
+from toolkit.recipe.schema import Recipe, stage_folder
+from toolkit.recipe.stage import Stage
+from toolkit.training.feed import find_models, stage_run
+from toolkit.training.metrics import write_eval_scalars
 
 
 def origin(recipe: Recipe, index: int) -> int | None:
@@ -61,8 +71,6 @@ def _is_of(record: dict[str, Any], recipe: Recipe, first: int) -> bool:
 
 def _is_on(record: dict[str, Any], suites: list[str]) -> bool:
     """Whether the scores of a record are those of these suites, with the data they have now."""
-    from eval.suites import data_state
-
     return record["suites"] == suites and record.get("data") == data_state(suites)
 
 
@@ -72,8 +80,6 @@ def with_suites(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: for `quick` where no folder is named, and for a prompt that is for no task.
     """
-    from eval.suites import check_prompts, expand
-
     named = [suite for stage in recipe.stages for suite in stage.eval.suites]
     suites = on_rank_zero(lambda: [expand(stage.eval.suites, named) for stage in recipe.stages])
     on_rank_zero(lambda: [check_prompts(s.eval.prompts, own) for s, own in zip(recipe.stages, suites, strict=True)])
@@ -104,9 +110,6 @@ def bm25_is_scored(recipe: Recipe, run: Path) -> bool:
 
 def score_bm25(recipe: Recipe, run: Path) -> None:
     """Evaluate BM25 on every suite of the recipe, unless that is done."""
-    from eval.evaluate import evaluate_bm25
-    from eval.suites import data_state
-
     suites = _suites(recipe)
     if suites and not on_rank_zero(lambda: bm25_is_scored(recipe, run)):
         changes = recipe.stages[0].eval
@@ -123,13 +126,6 @@ def _of_bm25(recipe: Recipe) -> list[str | None]:
 
 def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) -> None:
     """Evaluate a start on the suites of the stages that go back to it, unless that is done."""
-    from eval.evaluate import evaluate
-    from eval.suites import data_state
-    from toolkit.embed import load_retriever
-    from toolkit.models.backbone import DTYPES
-    from toolkit.training.loop import stage_folder, stage_sources
-    from toolkit.training.metrics import write_eval_scalars
-
     stage, folder, suites = recipe.stages[first], start_folder(run, first), _suites(recipe, first)
 
     def scored(model: list[Any] | None) -> bool:
@@ -138,7 +134,7 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
     finished = stage_folder(run, recipe, first) / "done.json"
     if not suites or on_rank_zero(lambda: finished.is_file() and scored(None)):  # its start may be gone by now
         return
-    source = stage_sources(recipe, first, run).retriever
+    source = find_models(stage_run(recipe, first, run, device)).retriever
     if on_rank_zero(lambda: scored(_state(source))):
         return
     retriever = on_every_rank(

@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
+from eval.compare import compare_systems, interval, p_text, read_system
+from eval.results import title
 from launcher.starts import origin, start_folder, start_label
-from toolkit.recipe import Recipe, RecipeError
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe, stage_folder
+from toolkit.retrieval.bm25 import warn_if_nothing_found
+from toolkit.retrieval.words import CODE
 
 LEVEL = 0.05
-
-
-class Stopped(Exception):
-    """The run ends here, since a stage is worse than the recipe allows; says so in one line."""
 
 
 def check_stops(recipe: Recipe) -> None:
@@ -32,10 +33,6 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
     Raises:
         RecipeError, ValueError: if the scores to compare are not there, or are of different data.
     """
-    from eval.compare import compare_systems, interval, p_text, read_system
-    from eval.results import title
-    from toolkit.training.loop import stage_folder
-
     stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
     stop = stage.eval.stop_if_worse
     if stop is None or not (folder / "done.json").is_file():
@@ -61,9 +58,6 @@ def reason_to_stop(recipe: Recipe, index: int, run: Path) -> str:
 
 def _warn_of_void_bm25(folder: Path, collections: list[str]) -> None:
     """A stage is above a BM25 that finds nothing, whatever it has learned: say so again where a run rests on it."""
-    from toolkit.bm25 import warn_if_nothing_found
-    from toolkit.words import CODE
-
     of_all = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["collections"]
     keys = "eval.bm25_text and eval.bm25_language: this stage is compared with it"
     for name in (name for name in collections if "queries_without_documents" in of_all[name]):  # not in earlier ones
@@ -74,8 +68,6 @@ def _warn_of_void_bm25(folder: Path, collections: list[str]) -> None:
 
 def _other(recipe: Recipe, index: int, run: Path, than: str) -> tuple[Path, str]:
     """Folder of the other system's scores, and how the reason calls it."""
-    from toolkit.training.loop import stage_folder
-
     if than == "bm25":
         return run / "bm25" / "eval", "BM25"
     if than == "previous":

@@ -4,6 +4,7 @@ One kind of skip is only reported: a program that the machine lacks ("this machi
 environment, as .ci/run does, that is a failure too.
 """
 
+import gc
 import os
 import signal
 
@@ -13,6 +14,16 @@ import pytest
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it in its background; so would these processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start other processes come first: a long one that came last would keep one core only."""
+    starts = {path: "from distributed import" in path.read_text() for path in {item.path for item in items}}
+    items.sort(key=lambda item: not starts[item.path])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: each run in this process, which collects garbage, would go through it
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

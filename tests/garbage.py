@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 T = TypeVar("T")
 

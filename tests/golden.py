@@ -18,8 +18,8 @@ FOLDER = Path(__file__).parent / "fixtures" / "golden"
 KEYS = ("stage", "step", "loss", "grad_norm", "tokens", "rows")
 ELSEWHERE = 2e-4  # relative: other processors and versions of torch order their sums in other ways
 
-NOUNS = "queue task reader frame record lock stream signal handler buffer token socket level filter format".split()
-VERBS = "open close read write parse cancel wait flush emit merge split append lower check resume".split()
+NOUNS = "queue task reader frame record lock stream signal handler buffer token socket level filter format".split()  # noqa: SIM905
+VERBS = "open close read write parse cancel wait flush emit merge split append lower check resume".split()  # noqa: SIM905
 ENDS = ["once it is ready", "or raise an error", "without waiting", "in order", "from the left", "as one line"]
 
 

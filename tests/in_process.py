@@ -1,15 +1,20 @@
 """A run of one small stage in the test's own process. Used by the tests of the launcher and of faults."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from distributed import run_python
 from recipe_changes import changed
 
+from eval import report
 from launcher import run as launcher
+from toolkit.export import check as export_check
 from toolkit.training import loop
 
 
@@ -37,8 +42,15 @@ def one_stage(folder: Path, *changes: tuple[str, Any]) -> dict[str, Any]:
 def start(
     folder: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *options: str, checked: bool = False
 ) -> int:
-    """launcher/run.py in this process; exports are `checked` in a fresh one, which takes longer than all else."""
-    if not checked:
+    """launcher/run.py in this process, without plots, which take longer than all else.
+
+    Exports are `checked` in a process of the pool instead of a fresh one (see test_export_check, test_end_to_end).
+    """
+    for name in ("_plot_scores", "_plot_training"):
+        monkeypatch.setattr(report, name, lambda *_: [])
+    if checked:
+        monkeypatch.setattr(export_check, "subprocess", SimpleNamespace(run=_in_pool))
+    else:
         monkeypatch.setattr(loop, "check_export", lambda *_: {})
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe))
@@ -47,6 +59,11 @@ def start(
         if not torch.distributed.is_initialized():
             monkeypatch.delenv(name, raising=False)
     return launcher.main()
+
+
+def _in_pool(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess:
+    assert command[:3] == [sys.executable, "-m", "toolkit.export.check"] and not {"RANK", "WORLD_SIZE"} & env.keys()
+    return run_python(*command[1:], **env)
 
 
 def files_below(folder: Path) -> list[str]:

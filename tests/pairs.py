@@ -10,15 +10,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sources import folder_source, hub_source
 
 from toolkit.data.pair_records import PairRecord, read_pairs
-from toolkit.recipe import FolderSource, HubSource, RecipeError
+from toolkit.recipe.errors import RecipeError
 
 Row = dict[str, Any]
 
 
-def source(path: Path, form: str = "pairs", split: str | None = None, **fields: object) -> FolderSource:
-    return FolderSource.model_validate({"folder": str(path), "format": form, "split": split, "fields": fields})
+def source(path: Path, form: str = "pairs", split: str | None = None, **fields: object) -> Any:
+    return folder_source(folder=str(path), format=form, split=split, fields=fields)
 
 
 def read(path: Path, form: str = "pairs", split: str | None = None, **fields: object) -> list[PairRecord]:
@@ -84,8 +85,8 @@ STYLES: dict[str, tuple[Row, Row]] = {
 }
 
 
-def hub(**fields: object) -> HubSource:
-    return HubSource.model_validate({"hub": "a/b", "split": "dev", "format": "pairs", "fields": fields})
+def hub(**fields: object) -> Any:
+    return hub_source(hub="a/b", split="dev", format="pairs", fields=fields)
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, *rows: Row) -> None:

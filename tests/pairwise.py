@@ -1,9 +1,12 @@
-"""A small set of combinations in which every pair of values of two factors occurs together (greedy)."""
+"""Small sets of combinations: in which every pair of values of two factors occurs together, or every value (greedy)."""
 
 from itertools import combinations, product
 from typing import Any
 
 Pair = tuple[str, int, str, int]  # two factors, in order, and which of its values each has
+
+# Largest relative errors of a loss and its gradients on ranks, against the dense form on one.
+BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6}
 
 
 def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -27,6 +30,17 @@ def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
                 missing.pop(pair, None)
         chosen.append({name: factors[name][case[name]] for name in names})
     return chosen
+
+
+def each_value(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the cases, in their order, that hold every value of every factor which is in any of them."""
+    values = [{f"{name}={value}" for name, value in case.items()} for case in cases]
+    missing, chosen = set().union(*values), set()
+    while missing:
+        best = max(range(len(cases)), key=lambda place: len(missing & values[place]))
+        chosen.add(best)
+        missing -= values[best]
+    return [cases[place] for place in sorted(chosen)]
 
 
 def _pairs(names: list[str], case: dict[str, int], name: str, value: int) -> set[Pair]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from toolkit.models.read_pairs import keep, pair_up, read_pairs
-from toolkit.objectives.pool_memory import share_pool
+from toolkit.methods.revela.pool_memory import share_pool
+from toolkit.methods.revela.read_pairs import keep, pair_up, read_pairs
 
 
 def read_others(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from toolkit.recipe import RecipeError, load_recipe
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY = json.loads((RECIPES / "tiny" / "revela.json").read_text())

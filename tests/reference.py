@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.data.spans import RevelaBatch
+from toolkit.methods.revela.keys import NearDuplicates, RevelaObjective
+from toolkit.methods.revela.rows import RevelaBatch
 from toolkit.models.encoder import Encoder
-from toolkit.recipe import NearDuplicates, RevelaObjective
 
 NAME = "dense_reference"
 

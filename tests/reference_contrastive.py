@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.data.crops import CropBatch
 from toolkit.data.pairs import PairBatch
+from toolkit.methods.contrastive.keys import ContrastiveObjective
+from toolkit.methods.recontriever.crops import CropBatch
+from toolkit.methods.recontriever.keys import ReContrieverObjective
 from toolkit.models.encoder import Encoder
-from toolkit.recipe import ContrastiveObjective, ReContrieverObjective
 
 INF = float("inf")
 

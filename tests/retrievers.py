@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from toolkit.embed import Retriever
 from toolkit.models.encoder import Encoder
-from toolkit.recipe import EncoderSettings
+from toolkit.recipe.models import EncoderSettings
+from toolkit.retrieval.embed import Retriever
 
 WORDS = [f"w{i}" for i in range(200)]
 

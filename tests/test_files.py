@@ -9,8 +9,8 @@ import torch
 from tiny import save_model
 from tiny_retriever import CASES, make
 
+from toolkit.checkpoint import states as checkpoint
 from toolkit.files import placing_folder, replacing_folder
-from toolkit.training import checkpoint
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077, 0o002])

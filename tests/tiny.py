@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertTokenizer
 
-from toolkit.data.crops import CropBatch
 from toolkit.data.pairs import PairBatch
-from toolkit.data.spans import RevelaBatch
 from toolkit.data.tokens import Tokens, pad
-from toolkit.recipe import Recipe, Stage
+from toolkit.methods import method_of
+from toolkit.methods.method import Models
+from toolkit.methods.recontriever.crops import CropBatch
+from toolkit.methods.revela.rows import RevelaBatch
+from toolkit.prepare.models import ModelSource
+from toolkit.recipe.schema import Recipe, recipe_type, stage_type
+from toolkit.recipe.stage import Stage
 
 VOCABULARY = 96
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -57,7 +61,7 @@ def wordpiece_tokenizer() -> BertTokenizer:
 def make_recipe(*stages: dict[str, Any], **changes: Any) -> Recipe:
     """A valid recipe; `changes` are for its top keys."""
     raw = {"name": "tiny", "description": "", "seed": 3, "stages": list(stages)} | changes
-    return Recipe.model_validate_json(json.dumps(raw))
+    return recipe_type().model_validate_json(json.dumps(raw))
 
 
 def revela_stage(**changes: Any) -> Stage:
@@ -90,7 +94,20 @@ def revela_stage(**changes: Any) -> Stage:
         for part in path[:-1]:
             node = node[part]
         node[path[-1]] = value
-    return Stage.model_validate_json(json.dumps(raw))
+    return stage_type(raw["objective"]["name"]).model_validate_json(json.dumps(raw))
+
+
+def models_at(folder: Path, adapter: Path | None = None, lm_folder: Path | None = None) -> Models:
+    """The models of a stage that lie in folders; `lm_folder`: Revela's language model."""
+    others = {} if lm_folder is None else {"language_model": ModelSource(lm_folder, str(lm_folder))}
+    return Models(ModelSource(folder, str(folder), adapter), others)
+
+
+def build_objective(
+    stage: Stage, seed: int, device: Any, folder: Path, adapter: Path | None = None, lm_folder: Path | None = None
+) -> Any:
+    """The objective of a stage whose models lie in folders."""
+    return method_of(stage.objective.name).build(stage, seed, device, models_at(folder, adapter, lm_folder))
 
 
 def random_pools(num_pools: int, pool: int, seed: int = 0) -> list[RevelaBatch]:

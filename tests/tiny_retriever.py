@@ -21,12 +21,13 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from toolkit.embed import Retriever, embed_texts
-from toolkit.export import write_export
+from toolkit.export.write import write_export
+from toolkit.methods.revela.method import METHOD
 from toolkit.models.backbone import add_lora, load_encoder_backbone, load_tokenizer
 from toolkit.models.encoder import Encoder
-from toolkit.prepare import ModelSource
-from toolkit.recipe import EncoderSettings
+from toolkit.prepare.models import ModelSource
+from toolkit.recipe.models import EncoderSettings
+from toolkit.retrieval.embed import Retriever, embed_texts
 
 TEXTS = [
     "open a file and read its lines",
@@ -45,7 +46,9 @@ TARGETS = {kind: ["q_proj", "down_proj"] for kind in CONFIGS} | {
 }  # fmt: skip
 TOKENIZERS = ("plain", "gpt2", "bos", "bos_eos")
 CARD = {
-    "recipe": "tiny", "recipe_digest": "0123456789abcdef", "stage": "revela", "method": "revela", "data": "stdlib",
+    "recipe": "tiny", "recipe_digest": "0123456789abcdef", "stage": "revela", "method": "revela",
+    "method_card": METHOD.card,
+    "data": "stdlib",
     "data_digest": "fedcba9876543210", "steps": 1200, "rows_seen": 76800, "tokens_seen": 4915200,
     "command": "deepspeed launcher/run.py recipes/tiny.json", "seed": 7,
 }  # fmt: skip

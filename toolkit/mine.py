@@ -10,24 +10,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.bm25 import warn_if_nothing_found
 from toolkit.collectives import on_rank_zero
-from toolkit.command import exit_code
 from toolkit.data.beir import read_beir_texts
 from toolkit.data.negatives import known_positives, mining_rows
 from toolkit.data.pair_records import content_hash, read_pairs
 from toolkit.data.records import read_source
-from toolkit.embed import checkpoint_digest
 from toolkit.files import expanded, replacing_folder
-from toolkit.last_words import end
-from toolkit.mining import bm25_reading, bm25_search, digest_of_all, mine, retriever_search, write_mined
-from toolkit.prepare import on_every_rank, together
-from toolkit.prepare_negatives import about_bm25, passages_beside
-from toolkit.recipe import Bm25Mine, EvalSettings, FolderSource, MineSettings, RecipeError
-from toolkit.recipe_checks import mine_problems
-from toolkit.retriever_settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
-from toolkit.retrievers import load_any
-from toolkit.roll_call import join_ranks
+from toolkit.prepare.negatives import about_bm25, passages_beside
+from toolkit.ranks.command import exit_code
+from toolkit.ranks.last_words import end
+from toolkit.ranks.roll_call import join_ranks
+from toolkit.ranks.together import on_every_rank, together
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.pairs import FolderPairs, mine_problems
+from toolkit.recipe.search import Bm25Mine, MineSettings
+from toolkit.recipe.texts import FolderTexts
+from toolkit.retrieval.bm25 import warn_if_nothing_found
+from toolkit.retrieval.embed import checkpoint_digest
+from toolkit.retrieval.mining import bm25_reading, bm25_search, digest_of_all, mine, retriever_search, write_mined
+from toolkit.retrieval.retrievers import load_any
+from toolkit.retrieval.settings import add_model_flags, check_bm25_flags, settings_from_flags, with_settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,17 +142,17 @@ def _changes(arguments: argparse.Namespace) -> EvalSettings:
     return changes
 
 
-def _source(path: str, split: str) -> FolderSource:
+def _source(path: str, split: str) -> FolderPairs:
     beir = (expanded(path) / "qrels").is_dir()
     raw = {"folder": path, "format": "beir", "split": split} if beir else {"folder": path, "format": "pairs"}
-    return FolderSource.model_validate(raw)
+    return FolderPairs.model_validate(raw)
 
 
 def _read_corpus(path: Path) -> list[str]:
     corpus = expanded(path) / "corpus.jsonl"
     if corpus.is_file():
         return list(read_beir_texts(corpus).values())
-    source = FolderSource.model_validate({"folder": str(path), "format": "documents"})
+    source = FolderTexts.model_validate({"folder": str(path)})
     return [record.texts[0] for record in read_source(source, Counter())]
 
 

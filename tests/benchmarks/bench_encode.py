@@ -21,17 +21,19 @@ from transformers import BertConfig, BertModel
 from toolkit.data.stdlib_corpus import collection
 from toolkit.data.tokens import Tokens, tokenize
 from toolkit.data.train_tokenizer import train_tokenizer
-from toolkit.embed import Retriever, embed_texts
-from toolkit.export import write_export
+from toolkit.export.write import write_export
 from toolkit.models.backbone import load_encoder_backbone, load_tokenizer
-from toolkit.prepare import ModelSource
-from toolkit.recipe import BuildTokenizer, EncoderSettings, EvalSettings
-from toolkit.retrievers import load_any
+from toolkit.prepare.models import ModelSource
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.models import BuildTokenizer, EncoderSettings
+from toolkit.retrieval.embed import Retriever, embed_texts
+from toolkit.retrieval.retrievers import load_any
 
 VOCABULARY = 8192
 CHANGES = EvalSettings()  # pyright: ignore[reportCallIssue]
 CARD = {
-    "recipe": "bench", "recipe_digest": "", "stage": "bench", "method": "contrastive", "data": "none",
+    "recipe": "bench", "recipe_digest": "", "stage": "bench", "method": "contrastive", "method_card": "none",
+    "data": "none",
     "data_digest": "", "steps": 0, "rows_seen": 0, "tokens_seen": 0, "command": "", "seed": 0,
 }  # fmt: skip
 

@@ -19,17 +19,20 @@ import numpy as np
 import torch
 from distributed import launch
 from steps import CELL_SECONDS, MIB, VOCABULARY, resident, settled
-from tiny import revela_stage
+from tiny import models_at, revela_stage
 
 from toolkit.collectives import gather, rank, world_size
-from toolkit.data.spans import PoolPlan, RevelaBatch, collate_revela, cut
+from toolkit.data.spans import PoolPlan, cut
 from toolkit.data.stdlib_corpus import training_files
 from toolkit.data.train_tokenizer import BOS, EOS, train_tokenizer
-from toolkit.last_words import end
+from toolkit.methods.revela.keys import RevelaObjective
+from toolkit.methods.revela.rows import RevelaBatch, collate_revela
 from toolkit.models.backbone import build_llama, llama_config, load_tokenizer
-from toolkit.recipe import BuildTokenizer, RevelaObjective, Stage
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
+from toolkit.recipe.models import BuildTokenizer
+from toolkit.recipe.stage import Stage
 from toolkit.training.engine import build_engine, train_step
-from toolkit.training.process_group import start_distributed
 
 CPU = torch.device("cpu")
 SEED, WORDS, MAX_TOKENS, INTERLEAVE = 3, 100, 160, 8
@@ -128,7 +131,7 @@ class Pools:
 def run_cell(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
     """Means over the steps of one cell: CPU seconds of all ranks, peak MiB of each, tokens, and what the step logs."""
     stage = stage_of_cell(cell)
-    engine = build_engine(stage, SEED, CPU, folder / "retriever", None, folder / "language_model")
+    engine = build_engine(stage, SEED, CPU, models_at(folder / "retriever", None, folder / "language_model"))
     pools = Pools(folder, stage)
     steps = max(1, FEWEST // cell["pool"])
     batches = pools.batches(cell["pool"], steps)

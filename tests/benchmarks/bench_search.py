@@ -17,8 +17,8 @@ import faiss
 import numpy as np
 import torch
 
-from toolkit.search import search
-from toolkit.vectors import DTYPES, Shard, Vectors, open_shard, save_shard
+from toolkit.retrieval.search import search
+from toolkit.retrieval.vectors import DTYPES, Shard, Vectors, open_shard, save_shard
 
 ROWS, MIB = 2**14, 2**20
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from distributed import launch
 from steps import TEMPERATURE, padded, pairs_of, real_rows, save_model
-from tiny import rows_of_pairs, stage_of
+from tiny import models_at, rows_of_pairs, stage_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.collectives import rank, world_size
-from toolkit.last_words import end
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
 from toolkit.training.engine import build_engine, train_step
-from toolkit.training.process_group import start_distributed
 
 CPU = torch.device("cpu")
 SEED, MAX_TOKENS = 3, 64
@@ -101,7 +101,7 @@ def worker(request: dict[str, Any]) -> dict[str, Any]:
         **changes,
     )
     folder = Path(request["folder"])
-    engine = build_engine(stage, SEED, CPU, folder, None, None)
+    engine = build_engine(stage, SEED, CPU, models_at(folder))
     query, document = json.loads((folder / "texts.json").read_text())
     pairs = pairs_of(padded(query, 0, None), padded(document, 0, None))
     share = request["pool"] // world_size()

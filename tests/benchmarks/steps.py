@@ -21,10 +21,12 @@ from toolkit.data.stdlib_corpus import collection
 from toolkit.data.stdlib_names import named_code
 from toolkit.data.tokens import Tokens, pad, tokenize
 from toolkit.data.train_tokenizer import train_tokenizer
+from toolkit.methods.contrastive.keys import ContrastiveObjective
+from toolkit.methods.contrastive.objective import Contrastive
 from toolkit.models.backbone import load_encoder_backbone
 from toolkit.models.encoder import Encoder
-from toolkit.objectives.contrastive import Contrastive
-from toolkit.recipe import Batch, BuildTokenizer, ContrastiveObjective
+from toolkit.recipe.models import BuildTokenizer
+from toolkit.recipe.training import Batch
 
 POOLING = {"bert": "mean", "llama": "eos"}
 VOCABULARY, TEMPERATURE, MIB = 8192, 0.05, 2**20

@@ -5,7 +5,7 @@ import pytest
 
 from toolkit.data.bundles import BundlePlan, bundle
 from toolkit.data.spans import PoolPlan
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
 def documents(*lengths: int) -> np.ndarray:

@@ -12,15 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pairs import answer, hub
+from sources import folder_source
 
 from toolkit.data.faults import RowFault, Skipped, keep_skipped, leave_out, say_skipped
 from toolkit.data.pair_records import pair_fingerprint, read_pairs
 from toolkit.data.records import read_source
-from toolkit.recipe import FolderSource, RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
-def source(path: Path, form: str, **fields: Any) -> FolderSource:
-    return FolderSource.model_validate({"folder": str(path), "format": form, "fields": fields})
+def source(path: Path, form: str, **fields: Any) -> Any:
+    return folder_source(folder=str(path), format=form, fields=fields)
 
 
 def read(path: Path, form: str, skipped: Skipped | None, **fields: Any) -> list[Any]:
@@ -221,7 +222,7 @@ def test_files_that_vanish_or_have_names_of_no_use_are_one_line(tmp_path: Path, 
         assert "gone.jsonl: cannot be read (No such file or directory)" in refused(tmp_path / "x.jsonl", "documents")
     for name in ("~nobody_here/x", "x" * 5000, "a\0b", "a\nb"):
         with pytest.raises(RecipeError, match="does not exist; name a folder or file") as caught:
-            list(read_source(FolderSource.model_validate({"folder": name}), Counter()))
+            list(read_source(folder_source(folder=name), Counter()))
         assert "\n" not in str(caught.value)
 
 

@@ -9,16 +9,21 @@ from beir import write_beir
 from pairs import Row, write
 
 from toolkit.data import first_look
-from toolkit.data.first_look import Look, count_rows, look, no_negatives, too_few
-from toolkit.recipe import Data, RecipeError
+from toolkit.data.first_look import Look, count_rows, look_at_pairs, look_at_texts, no_negatives, too_few
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.pairs import FolderPairs, PairsData
+from toolkit.recipe.texts import FolderTexts, TextsData
 
 PAIR = {"anchor": "q", "positive": "p"}
 
 
 def looked(path: Path, negatives: int = 0, form: str = "pairs", **source: Any) -> Look:
     written = {"folder": str(path), "format": form} | source
-    data = Data.model_validate({"sources": [written], "negatives": negatives})
-    return look(data.sources[0], data)
+    if form in ("pairs", "beir"):
+        pairs = PairsData.model_validate({"sources": [written], "negatives": negatives})
+        return look_at_pairs(pairs.sources[0], pairs)
+    texts = TextsData.model_validate({"sources": [written]})
+    return look_at_texts(texts.sources[0], texts)
 
 
 USED = [
@@ -148,7 +153,8 @@ def test_the_share_of_rows_with_too_few(wanted: int, have: list[int], line: str)
 
 def test_rows_are_counted(tmp_path: Path, monkeypatch) -> None:
     def count(path: Path, form: str = "pairs") -> tuple[int | None, str]:
-        return count_rows(Data.model_validate({"sources": [{"folder": str(path), "format": form}]}).sources[0])
+        kind = FolderPairs if form in ("pairs", "beir") else FolderTexts
+        return count_rows(kind.model_validate({"folder": str(path), "format": form}))
 
     folder = tmp_path / "both"
     folder.mkdir()

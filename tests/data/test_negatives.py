@@ -5,7 +5,7 @@ import pytest
 
 from toolkit.data.negatives import ANCHORS, anchors, eligible, known_positives, lowest_limit, mining_rows, plain
 from toolkit.data.pair_records import PairRecord
-from toolkit.recipe import MineSettings
+from toolkit.recipe.search import MineSettings
 
 RECORDS = [
     PairRecord("Who wrote it?", ["An author.", "A  poet."], ["a POET.", "no one", "No  One", "the sea"], 1.0),

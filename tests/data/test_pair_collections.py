@@ -11,7 +11,8 @@ from pairs import STYLES, answer, error, hub, source, write
 from toolkit.data import stdlib_corpus
 from toolkit.data.pair_records import PairRecord, content_hash, pair_files, pair_fingerprint, read_pairs
 from toolkit.data.records import Collection
-from toolkit.recipe import RecipeError, StdlibSource
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.pairs import StdlibPairs
 
 
 def write_beir(folder: Path, **qrels: str) -> Path:
@@ -97,8 +98,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
     return stdlib_corpus.collection("train", tmp_path)
 
 
-def stdlib() -> StdlibSource:
-    return StdlibSource.model_validate({"stdlib": "docstrings"})
+def stdlib() -> StdlibPairs:
+    return StdlibPairs.model_validate({"stdlib": "docstrings"})
 
 
 def test_training_docstrings_with_their_code(library: Collection):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from toolkit.data.pairs import PairPlan
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
 def sources_of(plan_sizes: list[int], rows: np.ndarray) -> np.ndarray:

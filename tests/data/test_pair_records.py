@@ -8,7 +8,7 @@ import pytest
 from pairs import EXPECTED, STYLES, Row, answer, error, hub, passage, read, source, write
 
 from toolkit.data.pair_records import PairRecord, content_hash, read_pairs
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])

@@ -13,12 +13,12 @@ import pytest
 from garbage import BROKEN, PIECES, TEXT, VALUES, damaged, examples, line, outcome, rows
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import folder_source
 
 from toolkit.data.beir import read_beir_texts, read_judgements
 from toolkit.data.faults import Skipped
 from toolkit.data.pair_records import PairRecord, pair_fingerprint, read_pairs
 from toolkit.data.records import Record, read_source
-from toolkit.recipe import FolderSource
 
 TEXTS = st.lists(st.sampled_from(["a", "b", ""]), max_size=3)
 PASSAGE = st.fixed_dictionaries({"text": st.sampled_from(["p", ""]), "title": st.sampled_from(["T", None])})
@@ -37,11 +37,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("garbage")
 
 
-def source(path: Path, form: str, **fields: Any) -> FolderSource:
-    return FolderSource.model_validate({"folder": str(path), "format": form, "fields": fields})
+def source(path: Path, form: str, **fields: Any) -> Any:
+    return folder_source(folder=str(path), format=form, fields=fields)
 
 
-def read(given_source: FolderSource, skipped: Skipped | None, counts: Counter[str] | None = None) -> list[Any]:
+def read(given_source: Any, skipped: Skipped | None, counts: Counter[str] | None = None) -> list[Any]:
     counts = Counter() if counts is None else counts
     reader = read_pairs if given_source.format in ("pairs", "beir") else read_source
     return list(reader(given_source, counts, skipped))
@@ -55,7 +55,7 @@ def is_of_use(record: Record | PairRecord) -> bool:
     return full and all(text.strip() and text.encode() for text in texts)
 
 
-def check(given_source: FolderSource) -> None:
+def check(given_source: Any) -> None:
     """Both modes give rows of use or one line, and skipping adds nothing where nothing is refused."""
     refusing = outcome(lambda: read(given_source, None))
     skipped, counts = Skipped(), Counter[str]()

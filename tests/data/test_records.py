@@ -4,19 +4,21 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sources import folder_source, hub_source
 
 from toolkit.data.hub import load_from_hub
 from toolkit.data.records import Record, check_group_sizes, fingerprint, read_source
 from toolkit.data.source_files import source_files
-from toolkit.recipe import FolderSource, HubSource, RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
-def source(folder: Path, form: str = "documents", **fields: str) -> FolderSource:
-    return FolderSource.model_validate({"folder": str(folder), "format": form, "fields": fields})
+def source(folder: Path, form: str = "documents", **fields: str) -> Any:
+    return folder_source(folder=str(folder), format=form, fields=fields)
 
 
 def read(folder: Path, form: str = "documents", **fields: str) -> list[Record]:
@@ -147,7 +149,7 @@ def test_hub_failures_are_one_line_with_the_way_out(error: Exception, message: s
         raise error
 
     with pytest.raises(RecipeError, match=message) as caught:
-        load_from_hub(HubSource.model_validate({"hub": "a/b"}), load)
+        load_from_hub(hub_source(hub="a/b"), load)
     assert "\n" not in str(caught.value) and '{"folder": "<path>"}' in str(caught.value)
 
 

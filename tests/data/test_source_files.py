@@ -2,17 +2,19 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pairs import write
+from sources import folder_source
 
 from toolkit.data.records import read_source
 from toolkit.data.source_files import other_files, source_files
-from toolkit.recipe import FolderSource, RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
-def source(folder: Path, split: str | None = None, config: str | None = None, form: str = "documents") -> FolderSource:
-    return FolderSource.model_validate({"folder": str(folder), "split": split, "config": config, "format": form})
+def source(folder: Path, split: str | None = None, config: str | None = None, form: str = "documents") -> Any:
+    return folder_source(folder=str(folder), split=split, config=config, format=form)
 
 
 def make(folder: Path, *names: str) -> Path:

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.data.near_duplicates import signatures
-from toolkit.data.spans import PassageStore, PoolPlan, collate_language_model, collate_revela, cut, write_store
+from toolkit.data.spans import PassageStore, PoolPlan, cut, write_store
 from toolkit.data.train_tokenizer import train_tokenizer
-from toolkit.recipe import BuildTokenizer, EncoderSettings, NearDuplicates, RecipeError
+from toolkit.methods.language_model.rows import collate_language_model
+from toolkit.methods.revela.keys import NearDuplicates
+from toolkit.methods.revela.near_duplicates import signatures
+from toolkit.methods.revela.rows import collate_revela
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.models import BuildTokenizer, EncoderSettings
 
 # --------------------------------------------------------------------------- cut
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.data import stdlib_corpus
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
 def find(template: str, split: str) -> str:

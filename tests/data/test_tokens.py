@@ -9,11 +9,11 @@ from tiny import wordpiece_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from toolkit.data.spans import collate_language_model
 from toolkit.data.tokens import frame, tokenize
+from toolkit.export.sentence_layout import retriever_tokenizer
+from toolkit.methods.language_model.rows import collate_language_model
 from toolkit.models.backbone import load_tokenizer
-from toolkit.recipe import EncoderSettings
-from toolkit.sentence_layout import retriever_tokenizer
+from toolkit.recipe.models import EncoderSettings
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>", "<|text|>"]
 UNK, BOS, EOS, END, TEXT = range(5)

@@ -12,7 +12,8 @@ from recipe_changes import changed
 from eval.evaluate import evaluate_bm25
 from eval.run import main
 from launcher.starts import bm25_is_scored, score_bm25
-from toolkit.recipe import EvalSettings, Recipe
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.schema import recipe_type
 
 WARNING = "warning: BM25 finds nothing for "
 
@@ -95,7 +96,7 @@ def test_a_run_scores_bm25_anew_for_another_language(tmp_path: Path, capsys):
     def scored(language: str | None) -> dict:
         raw = changed(("stages.0.eval", {"suites": [str(folder)], "bm25_language": language}))
         raw["stages"] = raw["stages"][:1]
-        recipe = Recipe.model_validate(raw)
+        recipe = recipe_type().model_validate(raw)
         score_bm25(recipe, run)
         assert bm25_is_scored(recipe, run)
         return read(run / "bm25" / "eval")

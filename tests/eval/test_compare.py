@@ -9,7 +9,7 @@ import pytest
 
 from eval.compare import compare_systems, print_comparisons, read_system
 from eval.significance import compare, holm
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 NAMES = ("first", "second", "third")
 

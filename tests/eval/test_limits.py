@@ -18,8 +18,8 @@ from eval.evaluate import evaluate, evaluate_bm25
 from eval.folders import shrink
 from eval.suites import load_suite
 from eval.tasks import Task
-from toolkit.embed import embed_texts
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
+from toolkit.retrieval.embed import embed_texts
 
 TEXTS = {"d0": "w1 w2 w3", "d1": "w1 w2 w3 w9", "d2": "w50 w60 w61", "d3": "w70 w71"}
 QUERIES = {"q0": "w1 w2 w3", "q1": "w50 w60 w61", "q2": "w70"}

@@ -17,8 +17,9 @@ from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MtebResult
 from eval.suites import check_prompts
 from eval.tasks import MtebTask
-from toolkit.embed import Retriever, embed_texts
-from toolkit.recipe import EvalSettings, RecipeError
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval.embed import Retriever, embed_texts
 
 NAMES = ["LocalSTS", "LocalClassification", "LocalClustering", "LocalPairs"]
 RUN = {"dataset_revision": "1"}  # mteb's result of a whole task, as far as it is read here

@@ -18,7 +18,7 @@ from eval.mteb_files import Scored, name_scored, task_file, write_aggregates
 from eval.mteb_tasks import load_task
 from eval.suites import load_suite
 from eval.tasks import Task
-from toolkit.recipe import EvalSettings
+from toolkit.recipe.evaluation import EvalSettings
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import mteb
 import pytest
 import torch
 from beir import write_beir
-from distributed import WORKERS, rank_environment, run_on_ranks
+from distributed import WORKERS, run_on_ranks, run_python
 from mteb_local import others
 from retrievers import tiny_retriever
 
@@ -20,8 +18,8 @@ from eval.compare import print_comparisons, read_system
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
-from toolkit.embed import checkpoint_digest
-from toolkit.recipe import EvalSettings
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval.embed import checkpoint_digest
 
 FILES = ("metrics.json", "per_query.json")
 
@@ -113,8 +111,8 @@ def test_a_killed_evaluation_goes_on(world_size: int, suites: list[str], tmp_pat
     request = {"suites": suites, "output": str(out), "kill_after": 1}
     if world_size == 1:
         (tmp_path / "asked.json").write_text(json.dumps(request))
-        command = [sys.executable, str(WORKERS / "killed_evaluation.py"), "asked.json", "answered.json"]
-        done = subprocess.run(command, env=rank_environment(), cwd=tmp_path, capture_output=True, check=False)
+        files = (str(tmp_path / name) for name in ("asked.json", "answered.json"))
+        done = run_python(str(WORKERS / "killed_evaluation.py"), *files)
         assert done.returncode == -signal.SIGKILL
     else:
         with pytest.raises(AssertionError, match="ended with"):

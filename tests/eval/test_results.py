@@ -13,7 +13,7 @@ from eval.results import Result, group_means
 from eval.suites import load_suite
 from eval.tasks import Task
 from eval.trec import keep_rankings
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 from toolkit.training.metrics import write_eval_scalars
 
 PARTS = ("Android", "Gis")

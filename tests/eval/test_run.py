@@ -13,14 +13,14 @@ from beir import write_beir
 from distributed import rank_environment, run_on_ranks
 from retrievers import tiny_retriever
 
-import toolkit.retrievers
 from eval import evaluate as evaluation
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.run import main
 from eval.suites import load_suite
-from toolkit import bm25
-from toolkit.recipe import EvalSettings, RecipeError
-from toolkit.retrievers import Loaded
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval import bm25
+from toolkit.retrieval.retrievers import Loaded
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def loaded(monkeypatch) -> list[str]:
     """The tiny retriever, whatever is named; the names in their order."""
     names: list[str] = []
     load = lambda what, *_: names.append(what) or Loaded(tiny_retriever(), {})  # noqa: E731
-    monkeypatch.setattr(toolkit.retrievers, "load_any", load)
+    monkeypatch.setattr("eval.run.load_any", load)
     return names
 
 

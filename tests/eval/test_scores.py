@@ -15,7 +15,7 @@ from eval.evaluate import evaluate, evaluate_bm25
 from eval.scores import as_run, per_query_scores
 from eval.suites import load_suite
 from eval.tasks import Task
-from toolkit.embed import embed_texts
+from toolkit.retrieval.embed import embed_texts
 
 
 def test_by_hand():

@@ -9,9 +9,10 @@ from beir import write_beir, write_hub_layout, write_questions
 from datasets import Dataset
 
 from eval.folders import shrink
-from eval.suites import SUITES, data_state, expand, load_suite
+from eval.suite_names import SUITES
+from eval.suites import data_state, expand, load_suite
 from eval.tasks import MtebTask
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 
 @pytest.fixture

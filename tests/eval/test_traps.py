@@ -19,8 +19,9 @@ from eval.mteb_encoder import MtebEncoder
 from eval.suites import load_suite
 from eval.tasks import MtebTask, Task
 from toolkit.data.records import Collection
-from toolkit.embed import Retriever, embed_texts, encode
-from toolkit.recipe import EvalSettings, RecipeError
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval.embed import Retriever, embed_texts, encode
 
 
 @pytest.fixture

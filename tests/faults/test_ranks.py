@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import WORKERS, launch
+from distributed import WORKERS, launch, pooled
 from recipe_changes import changed
 from safetensors.numpy import load_file
 
@@ -62,7 +62,7 @@ def run_with(
 
 def go_on(recipe: Path, run: Path, ranks: int = 2) -> int:
     """The same command without a fault, to the end; the step it started at."""
-    done = launch("launcher/run.py", ranks, str(recipe), "--output", str(run))
+    done = pooled("launcher/run.py", ranks, str(recipe), "--output", str(run))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     (start,) = re.findall(r"starts at step (\d+)", done.stdout)
     return int(start)

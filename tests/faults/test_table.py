@@ -1,11 +1,10 @@
 """README's reliability table: each fault has tests, which are there."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from run_all import REPOSITORY, faults, outcome
+from distributed import run_python
+from run_all import faults, outcome
 
 
 def test_every_fault_has_tests() -> None:
@@ -13,13 +12,9 @@ def test_every_fault_has_tests() -> None:
     commands = [command for commands in table.values() for command in commands]
     assert len(table) > 15 and all(table.values()), table
     paths = sorted({word for command in commands for word in command if word.startswith("tests/")})
-    listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", *paths],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    done = run_python("-m", "pytest", "--collect-only", "-q", *paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = done.stdout.splitlines()
     for command in commands:
         of_files = [line for line in listed if line.startswith(tuple(w for w in command if w.startswith("tests/")))]
         words = command[command.index("-k") + 1].split(" or ") if "-k" in command else [""]

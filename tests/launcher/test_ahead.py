@@ -17,7 +17,8 @@ from launcher.stages import check_ahead, unfinished
 from toolkit.data import hub
 from toolkit.data.tokens import tokenize
 from toolkit.models.backbone import load_tokenizer
-from toolkit.recipe import RecipeError, load_recipe
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import load_recipe
 
 PAIRS = [{"anchor": f"q{i}", "positive": f"good {i}", "negative_1": f"bad {i}", "score": i} for i in range(20)]
 PLAIN = [{"anchor": f"q{i}", "positive": f"good {i}", "hard_negs": [f"bad {i}"]} for i in range(20)]

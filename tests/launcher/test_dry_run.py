@@ -16,7 +16,9 @@ from launcher import run as launcher
 from launcher.stages import check_ahead
 from toolkit.data.tokens import frame
 from toolkit.models.backbone import load_tokenizer
-from toolkit.recipe import HubStart, RecipeError, load_recipe
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.models import HubStart
+from toolkit.recipe.schema import load_recipe
 
 ALL = sorted(RECIPES.rglob("*.json"))
 RANKS = 2

@@ -1,4 +1,4 @@
-"""The main job on two ranks: train, kill, resume, export, evaluate, report."""
+"""The main job on two ranks: train, kill, resume, export, evaluate, report. Run by make test-main."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import REPOSITORY, WORKERS, free_port, launch, rank_environment
+from distributed import REPOSITORY, WORKERS, free_port, launch, pooled, rank_environment, run_python
 from recipe_changes import changed
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
@@ -25,6 +25,7 @@ SCALARS = (
     "weight_same_document", "rows_with_gradient", "kept_sources", "dropped_mass", "keys_values_mib_sent",
     "keys_values_mib_least", "temperature", "gain", "in_batch_nll", "plain_nll",
 )  # fmt: skip
+pytestmark = pytest.mark.main
 STEPS = 14
 SECRET = "hf_kYpQw0aXnTzVbMdR"
 STAGES = ("language_model", "revela", "recontriever", "contrastive")
@@ -158,10 +159,8 @@ def test_the_export_loads_and_its_check_is_recorded(whole: Path, stage: str) -> 
 
 def test_evaluate_alone_gives_the_scores_of_the_run(whole: Path, work: Path) -> None:
     export = whole / "stage_1_revela" / "export"
-    done = subprocess.run(
-        ["python", "-m", "eval.run", str(export), "--suite", str(work / "collection"), "--output", str(work / "alone")],
-        env=rank_environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    suite = ("--suite", str(work / "collection"), "--output", str(work / "alone"))
+    done = run_python("-m", "eval.run", str(export), *suite)
     assert done.returncode == 0 and "nDCG@10" in done.stdout, done.stderr[-2000:]
     scores = [
         json.loads((folder / "per_query.json").read_text())
@@ -216,7 +215,7 @@ def test_a_killed_run_goes_on_with_the_next_batch(whole: Path, work: Path) -> No
         assert 3 <= reached < STEPS, said[-3000:]
         assert said.splitlines().count(advice) == (number == signal.SIGINT), said[-3000:]
         starts.append([reached - reached % 2, reached - reached % 2 - 2])  # a save under way may be lost
-    again = launch("launcher/run.py", 2, str(work / "recipe.json"), "--output", str(run))
+    again = pooled("launcher/run.py", 2, str(work / "recipe.json"), "--output", str(run))
     assert again.returncode == 0, (again.stdout + again.stderr)[-4000:]
     said += again.stdout
     resumed = [int(line.split()[-1]) for line in said.splitlines() if "starts at step" in line]

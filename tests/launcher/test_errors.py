@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launcher import run as launcher
+from launcher import stages
 from toolkit.training import loop
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -132,6 +133,9 @@ def test_ranks_that_do_not_fit_are_told_those_that_do(tmp_path, monkeypatch, cap
 def test_a_folder_of_another_run_is_left_alone(tmp_path, monkeypatch, capsys) -> None:
     recipe = one_stage(tmp_path, ("stages.0.eval.suites", []))
     assert start(tmp_path, recipe, monkeypatch) == 0
+    recipe |= {"description": "Measured.", "time": {"measured": "1 s"}, "sources": {"seed": "ours"}}
+    assert start(tmp_path, recipe, monkeypatch) == 0  # what describes a recipe decides nothing
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["time"]["measured"] == "1 s"
     before = {name: (tmp_path / "run" / name).read_bytes() for name in files_below(tmp_path / "run")}
     recipe["stages"][0]["optim"]["lr"] = 0.5
     assert start(tmp_path, recipe, monkeypatch) == 2
@@ -164,12 +168,24 @@ def test_a_stage_has_begun_with_its_first_step(tmp_path, monkeypatch, capsys) ->
         assert start(tmp_path, one_stage(tmp_path, suites, (key, value)), monkeypatch) == 2
         assert f"was made by a different recipe ({key}: " in capsys.readouterr().err
         assert {name: (run / name).read_bytes() for name in files_below(run)} == before
+    recipe = json.loads((run / "recipe.json").read_text())
+    data = recipe["stages"][0]["data"]  # as versions wrote it that had one section for all methods
+    data |= {"crops": None, "positives": 1, "negatives": 0, "mix": None, "mine": None, "near_duplicates": None}
+    data["sources"][0] |= {"weight": None, "limit": None, "query_prefix": None, "passage_prefix": None}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for changes in ((), (("stages.0.optim.lr", 0.5),)):
+        assert start(tmp_path, one_stage(tmp_path, suites, *changes), monkeypatch) == 2
+        assert (
+            "was made by another version of this toolkit, whose recipe.json has other keys" in capsys.readouterr().err
+        )
+        assert json.loads((run / "recipe.json").read_text()) == recipe
+    (run / "recipe.json").write_bytes(before["recipe.json"])
     assert start(tmp_path, one_stage(tmp_path, suites), monkeypatch) == 0
 
 
 def test_another_recipe_is_refused_before_anything_is_touched(tmp_path, monkeypatch, capsys) -> None:
     """Also where no stage has begun: the scores of the start stay."""
-    monkeypatch.setattr(loop, "train_stage", lambda *_: int("no number"))
+    monkeypatch.setattr(stages, "train_stage", lambda *_: int("no number"))
     suites = ("stages.0.eval.suites", [str(write_beir(tmp_path / "small"))])
     run = tmp_path / "run"
     assert start(tmp_path, one_stage(tmp_path, suites), monkeypatch) == 2
@@ -208,7 +224,7 @@ def test_a_full_disk_is_one_line(error: Exception, said: str, tmp_path, monkeypa
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(loop, "train_stage", fail)
+    monkeypatch.setattr(stages, "train_stage", fail)
     assert start(tmp_path, one_stage(tmp_path, ("stages.0.eval.suites", [])), monkeypatch) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("stage 0 language_model: ") and printed.endswith(said) and printed.count("\n") == 1

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from in_process import one_stage, start
 
-from toolkit.recipe import RecipeError
-from toolkit.training import checkpoint, loop
-from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
+from toolkit.checkpoint import states as checkpoint
+from toolkit.checkpoint.states import RunState, load_newest, save_checkpoint
+from toolkit.recipe.errors import RecipeError
+from toolkit.training import loop
 
 OPERATIONS = ("mkdir", "rename", "unlink", "rmdir", "fsync")
 STAGE = "stage_0_language_model"

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import WORKERS, free_port, launch
+from distributed import WORKERS, free_port, pooled
 from recipe_changes import TINY
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from launcher import preflight
 from launcher.preflight import compare_ranks, differences, own_facts
-from toolkit.recipe import RecipeError, load_recipe
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import load_recipe
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
 SAME = VERSIONS | {"digest of the recipe": "a1", "run folder": "/shared/run", "shared": True, "denied": ""}
@@ -164,7 +165,7 @@ def test_an_odd_rank_is_refused_in_a_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(TINY))
     odd = {"torch": "2.0.1", "shared": False}
     run = ["--output", str(tmp_path / "runs" / "odd")]
-    done = launch(WORKERS / "odd_rank.py", 2, str(tmp_path / "recipe.json"), *run, timeout=500, ODD=json.dumps(odd))
+    done = pooled(WORKERS / "odd_rank.py", 2, str(tmp_path / "recipe.json"), *run, timeout=500, ODD=json.dumps(odd))
     said = (done.stdout + done.stderr).splitlines()
     here = socket.gethostname()
     told = [line.partition(";")[0] for line in said if "node2" in line]

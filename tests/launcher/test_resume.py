@@ -17,9 +17,10 @@ from recipe_changes import changed
 from safetensors.numpy import load_file
 
 from launcher import lock
-from toolkit.objectives import Loss
-from toolkit.objectives.language_model import LanguageModel
-from toolkit.training import checkpoint, loop
+from toolkit.checkpoint import states as checkpoint
+from toolkit.methods.language_model.objective import LanguageModel
+from toolkit.methods.objective import Loss
+from toolkit.training import loop
 
 STAGE = "stage_0_language_model"
 KEPT = ("loss", "grad_norm", "lr", "rows")  # what the log of a resumed run must repeat

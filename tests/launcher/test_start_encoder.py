@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tiny_retriever import small_model
 
 from eval.run import main
-from toolkit.export import read_settings
+from toolkit.export.write import read_settings
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 

@@ -9,9 +9,10 @@ from beir import write_beir
 from in_process import one_stage, start
 from recipe_changes import RECIPES
 
-import eval.evaluate
+from launcher import stages, starts
 from launcher.starts import origin, start_label, with_suites
-from toolkit.recipe import Recipe, RecipeError, load_recipe
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe, load_recipe, recipe_type
 from toolkit.training import loop
 
 
@@ -44,22 +45,22 @@ def test_a_build_that_differs_is_another_start(key: str) -> None:
         name, value = changes[key]
         assert part[name] != value
         part[name] = value
-    assert [origin(Recipe.model_validate(raw), index) for index in range(3)] == [0, 1, 0]
+    assert [origin(recipe_type().model_validate(raw), index) for index in range(3)] == [0, 1, 0]
 
 
 def test_a_prompt_for_no_task_is_told_before_the_first_stage() -> None:
     raw = json.loads((RECIPES / "fewshot.json").read_text())
     raw["stages"][1]["eval"]["prompts"] = {"Retrieval": "query: "}
-    with_suites(Recipe.model_validate(raw))
+    with_suites(recipe_type().model_validate(raw))
     raw["stages"][1]["eval"]["prompts"] = {"Retrieva": "query: "}
     with pytest.raises(RecipeError, match="prompts: Retrieva: no task or type of task of this name; did you mean Retr"):
-        with_suites(Recipe.model_validate(raw))
+        with_suites(recipe_type().model_validate(raw))
 
 
 def test_a_later_model_that_is_not_built_has_no_row() -> None:
     raw = json.loads((RECIPES / "fewshot.json").read_text())
     raw["stages"][1]["start"] = {"folder": "elsewhere"}
-    assert [origin(Recipe.model_validate(raw), index) for index in range(3)] == [0, None, 0]
+    assert [origin(recipe_type().model_validate(raw), index) for index in range(3)] == [0, None, 0]
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def two_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
 def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, monkeypatch) -> None:
     """Also if the run is interrupted in the last stage: the starts and BM25 are not evaluated again."""
     evaluated: list[str] = []
-    dense, lexical, train = eval.evaluate.evaluate, eval.evaluate.evaluate_bm25, loop.train_stage
+    dense, lexical, train = stages.evaluate, starts.evaluate_bm25, stages.train_stage
 
     def evaluate(*arguments: Any, label: str, step: int, **settings: Any) -> Any:
         evaluated.append(f"{label} at {step}")
@@ -92,12 +93,13 @@ def test_every_build_is_evaluated_once_before_its_stage(two_builds, tmp_path, mo
             raise ValueError("interrupted")
         return train(recipe, index, *more)
 
-    monkeypatch.setattr(eval.evaluate, "evaluate", evaluate)
-    monkeypatch.setattr(eval.evaluate, "evaluate_bm25", evaluate_bm25)
-    monkeypatch.setattr(loop, "train_stage", interrupted)
+    for module in (starts, stages):
+        monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(starts, "evaluate_bm25", evaluate_bm25)
+    monkeypatch.setattr(stages, "train_stage", interrupted)
     assert start(tmp_path, two_builds, monkeypatch) == 2
     assert evaluated == ["BM25", "untrained at 0", "language_model at 1", "again at 2", "untrained (stage 2) at 2"]
-    monkeypatch.setattr(loop, "train_stage", train)
+    monkeypatch.setattr(stages, "train_stage", train)
     for expected in (["wider at 3"], []):
         evaluated.clear()
         assert start(tmp_path, two_builds, monkeypatch) == 0 and evaluated == expected
@@ -125,7 +127,7 @@ def test_a_start_is_evaluated_again_only_if_it_changed(two_builds, tmp_path, mon
     def fail(*_: Any) -> Any:
         raise ValueError("not now")
 
-    monkeypatch.setattr(loop, "train_stage", fail)
+    monkeypatch.setattr(stages, "train_stage", fail)
     done = tmp_path / "run" / "start" / "done.json"
     assert start(tmp_path, two_builds, monkeypatch) == 2
     written = done.stat().st_mtime_ns
@@ -142,7 +144,7 @@ def test_no_score_is_kept_once_the_collection_changed(split: str, two_builds, tm
     def fail(*_: Any) -> Any:
         raise ValueError("not now")
 
-    monkeypatch.setattr(loop, "train_stage", fail)
+    monkeypatch.setattr(stages, "train_stage", fail)
     (folder,) = two_builds["stages"][0]["eval"]["suites"]
     two_builds["stages"] = [two_builds["stages"][0], two_builds["stages"][1]]
     two_builds["stages"][0]["eval"] = {"suites": ["quick"], "normalize": False}
@@ -172,15 +174,16 @@ def test_a_finished_stage_is_scored_again_once_its_data_changed(two_builds, tmp_
     two_builds["stages"] = [stage | {"eval": {"suites": [f"{folder}:test"]}} for stage in two_builds["stages"][:2]]
     done = [tmp_path / "run" / name / "done.json" for name in ("stage_0_language_model", "stage_1_again")]
     evaluated: list[str] = []
-    dense = eval.evaluate.evaluate
+    dense = stages.evaluate
 
     def evaluate(*arguments: Any, label: str, **settings: Any) -> Any:
         evaluated.append(label)
         return dense(*arguments, label=label, **settings)
 
-    monkeypatch.setattr(eval.evaluate, "evaluate", evaluate)
+    for module in (starts, stages):
+        monkeypatch.setattr(module, "evaluate", evaluate)
     assert start(tmp_path, two_builds, monkeypatch) == 0
-    monkeypatch.setattr(loop, "train_stage", lambda *_: int("trained again"))
+    monkeypatch.setattr(stages, "train_stage", lambda *_: int("trained again"))
     before = [json.loads(path.read_text()) for path in done]
     qrels = Path(folder) / "qrels" / "test.tsv"
     qrels.write_text(qrels.read_text().replace("\t2\n", "\t0\n"))  # the same ids, other grades
@@ -204,7 +207,7 @@ def test_the_scores_of_a_start_whose_data_changed_are_made_again(
     two_builds["stages"] = two_builds["stages"][:1]
     record = tmp_path / "run" / "start" / "done.json"
     with monkeypatch.context() as before_training:
-        before_training.setattr(loop, "train_stage", lambda *_: int("stopped"))
+        before_training.setattr(stages, "train_stage", lambda *_: int("stopped"))
         assert start(tmp_path, two_builds, monkeypatch) == 2
         before = json.loads(record.read_text())
         assert start(tmp_path, two_builds, monkeypatch) == 2

@@ -13,7 +13,8 @@ from recipe_changes import RECIPES
 
 from eval.significance import compare
 from launcher.stop import check_stops, reason_to_stop
-from toolkit.recipe import Recipe, RecipeError
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe, recipe_type
 from toolkit.training import loop
 
 QUERIES = 40
@@ -42,7 +43,7 @@ BASE = {name: np.random.default_rng(0).uniform(0.3, 0.6, QUERIES) for name in ("
 def recipe_with(than: str, by: float = 0.0) -> Recipe:
     raw = json.loads((RECIPES / "quickstart.json").read_text())
     raw["stages"][1]["eval"]["stop_if_worse"] = {"than": than, "by": by}
-    return Recipe.model_validate(raw)
+    return recipe_type().model_validate(raw)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,10 @@ def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
 def test_a_start_that_is_not_scored_is_refused() -> None:
     raw = json.loads((RECIPES / "fewshot.json").read_text())
     raw["stages"][1]["eval"]["stop_if_worse"] = {"than": "start"}
-    check_stops(Recipe.model_validate(raw))
+    check_stops(recipe_type().model_validate(raw))
     raw["stages"][1]["start"] = {"folder": "elsewhere"}
     with pytest.raises(RecipeError, match=r"^stages.1.eval.stop_if_worse.than: the model that this stage starts from"):
-        check_stops(Recipe.model_validate(raw))
+        check_stops(recipe_type().model_validate(raw))
 
 
 @pytest.fixture

@@ -9,15 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from recipe_changes import LM_START, changed, write
 from safetensors.torch import load_file
-from tiny import save_model
+from tiny import build_objective, save_model
 from tiny_retriever import small_model, small_tokenizer
 from transformers import AutoModelForCausalLM
 
 import launcher.dry_run
 from launcher.ahead import Ahead
 from launcher.dry_run import describe, stage_parameters
-from toolkit.objectives.revela import build_revela
-from toolkit.recipe import RecipeError, Stage, load_recipe
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import load_recipe
+from toolkit.recipe.stage import Stage
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
 NOTHING_SEEN = Ahead([], [], [], [], {})  # of the data
@@ -58,7 +59,7 @@ def test_a_language_model_that_sees_its_targets_is_refused(changes: Any, fine: P
     assert f"{lm}: config.json says " in line and "is_causal: false, so the model reads both ways" in line
     _, loaded = stage(tmp_path, fine, lm)
     with pytest.raises(ValueError, match="reads both ways and predicts no next token"):
-        build_revela(loaded, loaded.objective, 0, "cpu", fine, None, lm)  # pyright: ignore[reportArgumentType]
+        build_objective(loaded, 0, "cpu", fine, None, lm)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_tokenizer_of_another_model_is_named_for_both_models_of_a_stage(fine: Path, tmp_path: Path) -> None:

@@ -18,14 +18,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from toolkit.embed import Retriever, embed_texts
-from toolkit.export import load_export, write_export
+from toolkit.export.write import load_export, write_export
 from toolkit.models.adapters import with_adapter
 from toolkit.models.backbone import adapted, load_adapted, load_encoder_backbone, load_tokenizer, read_config
 from toolkit.models.encoder import Encoder
-from toolkit.prepare import ModelSource
-from toolkit.recipe import EncoderSettings, EvalSettings, Lora, RecipeError
-from toolkit.retrievers import load_any
+from toolkit.prepare.models import ModelSource
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.models import EncoderSettings, Lora
+from toolkit.retrieval.embed import Retriever, embed_texts
+from toolkit.retrieval.retrievers import load_any
 
 IDS = torch.tensor([[5, 90, 31, 7, 12, 11]])
 CAUSAL = {"llama": "plain", "mistral": "plain", "qwen2": "plain", "qwen3": "plain"}

@@ -12,6 +12,7 @@ from tiny_retriever import ENCODERS, TARGETS, small_model, small_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from toolkit.data.tokens import Tokens, frame, pad, tokenize
+from toolkit.methods.shared import recompute_layers
 from toolkit.models.backbone import (
     CAUSAL_TYPES,
     ENCODER_TYPES,
@@ -25,8 +26,7 @@ from toolkit.models.backbone import (
 )
 from toolkit.models.encoder import Encoder
 from toolkit.models.lengths import check_length
-from toolkit.objectives.language_model import recompute_layers
-from toolkit.recipe import Lora
+from toolkit.recipe.models import Lora
 
 POOLED = ("bert", "roberta", "xlm-roberta")  # published with a layer that no retriever reads
 LONGEST = {"bert": 64, "roberta": 62, "xlm-roberta": 62, "distilbert": 64}  # of 64 positions; padding is token 1

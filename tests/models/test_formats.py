@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from tiny_retriever import TEXTS, small_model
 from transformers import AutoModel
 
-from toolkit.embed import embed_texts
 from toolkit.models.backbone import load_adapted, load_causal_lm, load_encoder_backbone
 from toolkit.models.formats import pickled_model
-from toolkit.prepare import base_of_adapter, resolve_model
-from toolkit.recipe import EvalSettings, FolderStart, RecipeError
-from toolkit.retrievers import load_any
+from toolkit.prepare.models import base_of_adapter, resolve_model
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.models import FolderStart
+from toolkit.retrieval.embed import embed_texts
+from toolkit.retrieval.retrievers import load_any
 
 ALONE = EvalSettings(pooling="mean", normalize=True, max_tokens=16)
 

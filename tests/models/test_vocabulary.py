@@ -11,12 +11,15 @@ from tiny import save_model
 from tiny_retriever import CASES, TEXTS, make, small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from toolkit.embed import Retriever, embed_texts, load_retriever
-from toolkit.export import load_export
+from toolkit.export.write import load_export
 from toolkit.models.backbone import load_tokenizer
+from toolkit.models.retriever import Retriever, load_retriever
 from toolkit.models.vocabulary import model_tokenizer
-from toolkit.recipe import EncoderSettings, EvalSettings, RecipeError
-from toolkit.retrievers import load_any
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.recipe.models import EncoderSettings
+from toolkit.retrieval.embed import embed_texts
+from toolkit.retrieval.retrievers import load_any
 
 SETTINGS = EncoderSettings(
     pooling="mean", normalize=True, append_eos=True, query_prefix="", passage_prefix="", max_tokens=16,

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.data.crops import CropPlan, CropStore, crop, draw, pad_framed
 from toolkit.data.token_store import TokenRows
 from toolkit.determinism import generator
-from toolkit.recipe import Crops
+from toolkit.methods.recontriever.crops import CropPlan, CropStore, crop, draw, pad_framed
+from toolkit.methods.recontriever.keys import Crops
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "recontriever" / "crops.npz"
 with np.load(FIXTURE, allow_pickle=False) as arrays:

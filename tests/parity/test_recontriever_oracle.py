@@ -9,12 +9,12 @@ import torch
 from tiny import revela_stage, stage_of
 from torch import Tensor, nn
 
-from toolkit.data.crops import CropBatch
 from toolkit.data.tokens import Tokens
 from toolkit.losses.contrastive import relevance_weights
-from toolkit.objectives import Loss
-from toolkit.objectives.recontriever import Queue, ReContriever
-from toolkit.recipe import ReContrieverObjective
+from toolkit.methods.objective import Loss
+from toolkit.methods.recontriever.crops import CropBatch
+from toolkit.methods.recontriever.keys import ReContrieverObjective
+from toolkit.methods.recontriever.objective import Queue, ReContriever
 from toolkit.training.schedule import learning_rate
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "recontriever" / "embed.npz"

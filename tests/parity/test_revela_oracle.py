@@ -14,16 +14,16 @@ from fp64 import fp64_inside
 from read_others import read_others
 from tiny import revela_stage
 
-from toolkit.data.spans import collate_revela
 from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_predicted
+from toolkit.methods.revela.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, Others
+from toolkit.methods.revela.keys import RevelaObjective
+from toolkit.methods.revela.objective import Revela
+from toolkit.methods.revela.pool_memory import share_pool
+from toolkit.methods.revela.read_pairs import keep, pair_up
+from toolkit.methods.revela.rows import collate_revela
 from toolkit.models.backbone import load_causal_lm, load_encoder_backbone, load_tokenizer
 from toolkit.models.encoder import Encoder
-from toolkit.models.inbatch_attention import INBATCH_ATTENTION, InBatchLanguageModel, Others
-from toolkit.models.read_pairs import keep, pair_up
-from toolkit.objectives.pool_memory import share_pool
-from toolkit.objectives.revela import Revela
-from toolkit.recipe import RevelaObjective
 from toolkit.slicing import in_slices, plan_slices
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "revela"

@@ -3,7 +3,7 @@
 import pytest
 from tiny import revela_stage
 
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 from toolkit.training.deepspeed_config import ds_config
 
 

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from recipe_changes import RECIPES, changed, write
+from tiny import models_at
 
 from toolkit.data.tokens import frame
 from toolkit.data.train_tokenizer import train_tokenizer
+from toolkit.methods.method import Feed
 from toolkit.models.backbone import load_tokenizer
-from toolkit.prepare import ModelSource
-from toolkit.recipe import BuildTokenizer, Recipe, RecipeError, load_recipe
-from toolkit.training.feed import Feed, data_seed, open_feed
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.models import BuildTokenizer
+from toolkit.recipe.schema import Recipe, data_seed, load_recipe, recipe_type
+from toolkit.training.feed import open_feed, stage_run
 
 DOCUMENTS = 1100  # one chunk each, so four pools of 256 an epoch
 Open = Callable[..., Feed]
@@ -45,9 +48,8 @@ def feed(data: Path, tokenizer_folder: Path, tmp_path: Path) -> Open:
     def of(recipe: str | dict[str, Any], index: int, *overrides: str, folder: Path = tokenizer_folder) -> Feed:
         path = RECIPES / f"{recipe}.json" if isinstance(recipe, str) else write(tmp_path, recipe)
         found = on(load_recipe(path, overrides), index, data)
-        return open_feed(
-            found, index, tmp_path / "run", load_tokenizer(tokenizer_folder), ModelSource(folder, ""), None, "cpu"
-        )
+        run = stage_run(found, index, tmp_path / "run", "cpu")
+        return open_feed(run, models_at(folder), load_tokenizer(tokenizer_folder))
 
     return of
 
@@ -55,9 +57,10 @@ def feed(data: Path, tokenizer_folder: Path, tmp_path: Path) -> Open:
 def on(recipe: Recipe, index: int, data: Path) -> Recipe:
     """The recipe with stage `index` on the texts of `data`."""
     raw = json.loads(recipe.to_json())
-    kind = "pairs" if raw["stages"][index]["objective"]["name"] == "contrastive" else "documents"
-    raw["stages"][index]["data"] |= {"sources": [{"folder": str(data), "format": kind}], "mix": None}
-    return Recipe.model_validate_json(json.dumps(raw))
+    of_pairs = raw["stages"][index]["objective"]["name"] == "contrastive"
+    kind, no_mix = ("pairs", {"mix": None}) if of_pairs else ("documents", {})
+    raw["stages"][index]["data"] |= {"sources": [{"folder": str(data), "format": kind}], **no_mix}
+    return recipe_type().model_validate_json(json.dumps(raw))
 
 
 def refused(feed: Open, *arguments: Any, **folder: Path) -> str:
@@ -145,11 +148,11 @@ def test_limits_of_stages_that_go_on_are_nested(tmp_path: Path, data: Path, toke
     for stage, limit in zip(raw["stages"], limits, strict=True):
         stage["start"] = stage["start"] if limit == 8 else "previous"
         stage["data"]["sources"] = [{"folder": str(data), "format": "pairs", "limit": limit}]
-    recipe, tokenizer = Recipe.model_validate_json(json.dumps(raw)), load_tokenizer(tokenizer_folder)
+    recipe, tokenizer = recipe_type().model_validate_json(json.dumps(raw)), load_tokenizer(tokenizer_folder)
     for index, limit in enumerate(limits):
         rows = np.arange(limit)
-        source = ModelSource(tokenizer_folder, "")
-        batch = open_feed(recipe, index, tmp_path / "run", tokenizer, source, None, "cpu").collate(0, rows, rows)
+        run = stage_run(recipe, index, tmp_path / "run", "cpu")
+        batch = open_feed(run, models_at(tokenizer_folder), tokenizer).collate(0, rows, rows)
         drawn.append(set(batch.query_key.tolist()))
     assert [len(each) for each in drawn] == [8, 32, 128] and drawn[0] < drawn[1] < drawn[2]
 

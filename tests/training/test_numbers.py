@@ -6,17 +6,36 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TARGETS, random_crops, random_pairs, random_pools, random_tokens, revela_stage, save_model, stage_of
+from tiny import (
+    TARGETS,
+    build_objective,
+    random_crops,
+    random_pairs,
+    random_pools,
+    random_tokens,
+    revela_stage,
+    save_model,
+    stage_of,
+)
 from transformers import AutoConfig
 
-from toolkit.data.spans import LanguageModelBatch
-from toolkit.objectives import build_objective, contrastive, language_model, revela
-from toolkit.recipe import RecipeError, Stage
+from toolkit.methods import keys_of, shared
+from toolkit.methods.language_model import objective as language_model
+from toolkit.methods.language_model.rows import LanguageModelBatch
+from toolkit.methods.revela import objective as revela
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.stage import Stage
 from toolkit.slicing import Slices, plan_slices
 from toolkit.training.numbers import derived, parameter_counts
 
 CONFIG = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def counts(stage: Stage, *configs: Any) -> dict[str, int]:
+    """parameter_counts of a stage whose models have these configs, in their order."""
+    names = [model.name for model in keys_of(stage.objective.name).models(stage)]
+    return parameter_counts(stage, dict(zip(names, configs, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -30,10 +49,10 @@ CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 def test_matryoshka_dimensions_end_with_all_of_them(sizes: list[int], problem: str) -> None:
     model = AutoConfig.for_model("llama", **CONFIG)
     with pytest.raises(RecipeError) as caught:
-        parameter_counts(stage_of("contrastive", objective__matryoshka=sizes), model, None)
+        counts(stage_of("contrastive", objective__matryoshka=sizes), model)
     assert str(caught.value) == f"stage contrastive: objective.matryoshka: {problem}"
     for allowed in ([8, 32], [32], None):
-        parameter_counts(stage_of("contrastive", objective__matryoshka=allowed), model, None)
+        counts(stage_of("contrastive", objective__matryoshka=allowed), model)
 
 
 def test_a_sliding_window_shorter_than_the_passages_is_refused() -> None:
@@ -41,13 +60,13 @@ def test_a_sliding_window_shorter_than_the_passages_is_refused() -> None:
     narrow, wide = (AutoConfig.for_model("mistral", sliding_window=window, **CONFIG) for window in (31, 32))
     stage = revela_stage(objective__language_model__max_tokens=32)
     with pytest.raises(RecipeError) as caught:
-        parameter_counts(stage, retriever, narrow)
+        counts(stage, retriever, narrow)
     assert str(caught.value) == (
         "stage revela: objective.language_model.max_tokens: a sliding window of 31 tokens is shorter than max_tokens "
         "32; shorten the input"
     )
-    parameter_counts(stage, retriever, wide)
-    parameter_counts(stage, narrow, retriever)  # a retriever's window is no matter of Revela
+    counts(stage, retriever, wide)
+    counts(stage, narrow, retriever)  # a retriever's window is no matter of Revela
 
 
 def line(stage: Stage, ranks: int = 1) -> str:
@@ -88,7 +107,7 @@ def test_the_slices_that_are_told_are_those_that_run(
         ran.append(len(slices.rows or ()))
         return slices
 
-    for module in (revela, contrastive, language_model):
+    for module in (revela, shared, language_model):
         monkeypatch.setattr(module, "plan_slices", counted)
     objective(batch)
     told = re.fullmatch(r"of at most 3 texts; a forward has (.*)", line(stage))
@@ -115,5 +134,5 @@ def test_lora_targets_are_looked_for_in_each_model() -> None:
         (revela_stage(objective__language_model__lora=unknown), llama, "language_model", "k_prj"),
     ):
         with pytest.raises(RecipeError) as caught:
-            parameter_counts(stage, encoder, llama)
+            counts(stage, encoder, llama)
         assert str(caught.value).startswith(f"stage revela: {model}: LoRA targets {missing} match no module; the model")

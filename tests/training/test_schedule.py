@@ -8,7 +8,7 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from tiny import revela_stage
 from torch import nn, optim
 
-from toolkit.recipe import Optim
+from toolkit.recipe.training import Optim
 from toolkit.training.schedule import learning_rate
 
 

@@ -14,23 +14,33 @@ from unittest import mock
 
 import torch
 from reference_contrastive import ReContrieverReference, contrastive_loss
-from revela_matrix import Outcome, OwnSlice, compared, perturb, precision, two_steps, worst_of_ranks
-from tiny import random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
+from revela_matrix import (
+    Outcome,
+    OwnSlice,
+    compared,
+    number_of_pools,
+    perturb,
+    precision,
+    two_steps,
+    worst_of_ranks,
+)
+from tiny import models_at, random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
 
-import toolkit.objectives.contrastive
-import toolkit.objectives.recontriever
+import toolkit.methods.contrastive.objective
+import toolkit.methods.recontriever.objective
 import toolkit.training.engine as engines
 from toolkit.collectives import rank, sum_over_ranks, world_size
-from toolkit.last_words import end
-from toolkit.objectives import build_objective
-from toolkit.objectives.contrastive import Contrastive
-from toolkit.objectives.recontriever import Momentum, ReContriever
-from toolkit.recipe import ReContrieverObjective
-from toolkit.training.process_group import start_distributed
+from toolkit.methods import method_of
+from toolkit.methods.contrastive.objective import Contrastive
+from toolkit.methods.method import Models
+from toolkit.methods.recontriever.keys import ReContrieverObjective
+from toolkit.methods.recontriever.objective import Momentum, ReContriever
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
 
-NUM_POOLS, POOL, SEED = 4, 8, 3
+POOL, SEED = 8, 3
 CPU = torch.device("cpu")
-MODULES = (toolkit.objectives.contrastive, toolkit.objectives.recontriever)
+MODULES = (toolkit.methods.contrastive.objective, toolkit.methods.recontriever.objective)
 # Mistakes that must be seen: name -> (where, which function, what stands in for it)
 CONTROLS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
     "own_slice_backward": (MODULES, "gather_with_grad", OwnSlice.apply),
@@ -41,10 +51,8 @@ CONTROLS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
 }
 
 
-def build_perturbed(
-    stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: None, fp64: bool
-) -> Any:
-    objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
+def build_perturbed(stage: Any, seed: int, device: Any, models: Models, fp64: bool) -> Any:
+    objective = method_of(stage.objective.name).build(stage, seed, device, models)
     perturb(objective, size=0.1)
     objective = objective.double() if fp64 else objective
     if isinstance(objective, ReContriever) and objective.momentum is not None:
@@ -57,7 +65,7 @@ def build_perturbed(
 
 def run_case(case: dict[str, Any], folders: dict[str, str], mistake: list[Any]) -> dict[str, float]:
     """Errors of one case, as `compared` gives them; a mistake is the engine's, not the dense form's."""
-    stage = stage_of(case["method"], **case["changes"], batch__pool=POOL, batch__pools_per_step=NUM_POOLS)
+    stage = stage_of(case["method"], **case["changes"], batch__pool=POOL, batch__pools_per_step=number_of_pools(case))
     folder, fp64 = Path(folders[case["arch"]]), case["fp64"]
     pools = make_pools(stage, case["seed"])
     engines.build_objective = partial(build_perturbed, fp64=fp64)
@@ -66,7 +74,7 @@ def run_case(case: dict[str, Any], folders: dict[str, str], mistake: list[Any]) 
     with precision(fp64), ExitStack() as patches:
         for patch in mistake:
             patches.enter_context(patch)
-        engine = engines.build_engine(stage, SEED, CPU, folder, None, None, reduce_bucket_size=3000, **threshold)
+        engine = engines.build_engine(stage, SEED, CPU, models_at(folder), reduce_bucket_size=3000, **threshold)
         found = two_steps(engine, own_batches(stage, pools))  # queues hold new keys by the second
         state = engine.module.extra_state()
         if "queue.keys" in state:
@@ -78,8 +86,8 @@ def run_case(case: dict[str, Any], folders: dict[str, str], mistake: list[Any]) 
 
 def make_pools(stage: Any, seed: int) -> list[Any]:
     if isinstance(stage.objective, ReContrieverObjective):
-        return random_crops(NUM_POOLS, POOL, stage.objective.views, seed)
-    return random_pairs(NUM_POOLS, POOL, stage.data.positives, stage.data.negatives, seed)
+        return random_crops(stage.batch.pools_per_step, POOL, stage.objective.views, seed)
+    return random_pairs(stage.batch.pools_per_step, POOL, stage.data.positives, stage.data.negatives, seed)
 
 
 def own_batches(stage: Any, pools: list[Any]) -> list[Any]:
@@ -94,7 +102,7 @@ def own_batches(stage: Any, pools: list[Any]) -> list[Any]:
 def dense(stage: Any, pools: Any, folder: Path, fp64: bool) -> Outcome:
     """The dense form's."""
     with precision(fp64):
-        objective = build_perturbed(stage, SEED, CPU, folder, None, None, fp64)
+        objective = build_perturbed(stage, SEED, CPU, models_at(folder), fp64)
         queue = None
         if isinstance(objective, Contrastive):
             loss = contrastive_loss(objective.encoder, pools, objective.settings, objective.scale())

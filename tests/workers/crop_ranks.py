@@ -6,13 +6,13 @@ from typing import Any
 
 from reported import report
 
-from toolkit.prepare_crops import prepare_crops
-from toolkit.recipe import Data
+from toolkit.methods.recontriever.prepared import prepare_crops
+from toolkit.recipe.texts import TextsData
 
 
 def works(request: Any) -> list[Callable[[], str]]:
     def prepare(folder: str, tokenizer: str) -> str:
-        data = Data.model_validate({"sources": [{"folder": folder}]})
+        data = TextsData.model_validate({"sources": [{"folder": folder}]})
         return prepare_crops(data, Path(tokenizer), Path(request["run"])).digest
 
     return [lambda case=case: prepare(*case) for case in request["cases"]]

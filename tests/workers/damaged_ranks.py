@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import random_crops, stage_of
+from tiny import models_at, random_crops, stage_of
 
+from toolkit.checkpoint import states as checkpoint
+from toolkit.checkpoint.states import RunState, load_newest, save_checkpoint
 from toolkit.collectives import gather_texts, on_rank_zero, rank, world_size
-from toolkit.last_words import end
-from toolkit.recipe import RecipeError
-from toolkit.training import checkpoint
-from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
+from toolkit.recipe.errors import RecipeError
 from toolkit.training.engine import build_engine, train_step
-from toolkit.training.process_group import start_distributed
 
 FRESH = RunState(0, 0, 0, "stage", "data", ["tokenizer"], ["model"])
 FAILING = {"_save": 1, "_seal": 1, "_open": 0, "_place": 0}  # what a save calls -> the rank on which it fails
@@ -78,7 +78,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[-2]).read_text())
     start_distributed()
     stage = stage_of("recontriever", lora=None, zero__stage=2, optim__lr=1e-2, optim__clip=1.0, optim__steps=4)
-    engine = build_engine(stage, 3, torch.device("cpu"), Path(request["folder"]), None, None)
+    engine = build_engine(stage, 3, torch.device("cpu"), models_at(Path(request["folder"])))
     source, place = Path(request["checkpoints"]), Path(request["checkpoints"] + "_copy")
     on_rank_zero(source.mkdir)
     for step in (1, 2):

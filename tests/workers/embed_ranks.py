@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from retrievers import ragged_texts, tiny_retriever
 
-from toolkit import embed
 from toolkit.collectives import gather, rank, world_size
-from toolkit.embed import checkpoint_digest, encode
-from toolkit.last_words import end
-from toolkit.vectors import Store
+from toolkit.ranks.last_words import end
+from toolkit.retrieval import embed
+from toolkit.retrieval.embed import checkpoint_digest, encode
+from toolkit.retrieval.vectors import Store
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -9,9 +9,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from tiny import random_pools, revela_stage
+from tiny import models_at, random_pools, revela_stage
 
-from toolkit import embed
 from toolkit.collectives import (
     RankZeroFailed,
     first_of_any_rank,
@@ -22,12 +21,13 @@ from toolkit.collectives import (
     sum_over_ranks,
     world_size,
 )
-from toolkit.last_words import end
-from toolkit.objectives.contrastive import Scale
-from toolkit.prepare import on_every_rank
-from toolkit.recipe import RecipeError
+from toolkit.methods.contrastive.objective import Scale
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
+from toolkit.ranks.together import on_every_rank
+from toolkit.recipe.errors import RecipeError
+from toolkit.retrieval import embed
 from toolkit.training.engine import build_engine, gather_trainable, train_step
-from toolkit.training.process_group import start_distributed
 
 CPU = torch.device("cpu")
 ZERO: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def at_the_floor(span: str) -> list[float]:
 def first_update(folders: dict[str, str], zero: dict[str, Any], precision: str) -> float:
     """Mean size of the adapters' B after one AdamW step from zero: Adam's first step is lr for every weight."""
     stage = revela_stage(zero=zero, precision=precision, optim__lr=1e-3, batch__pools_per_step=world_size())
-    engine = build_engine(stage, 3, CPU, Path(folders["llama"]), None, Path(folders["llama_lm"]))
+    engine = build_engine(stage, 3, CPU, models_at(Path(folders["llama"]), None, Path(folders["llama_lm"])))
     train_step(engine, stage, [random_pools(world_size(), 8)[rank()]], 0, 3, 0.0, CPU)
     weights = gather_trainable(engine.module, stage.zero.stage)
     engine.destroy()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from retrievers import tiny_retriever
 
 from eval.evaluate import evaluate, evaluate_bm25
-from toolkit.last_words import end
+from toolkit.ranks.last_words import end
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

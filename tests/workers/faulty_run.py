@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run
-from toolkit import last_words
+from toolkit.checkpoint import states as checkpoint
 from toolkit.collectives import rank
 from toolkit.data.stream import StepData, Stream
-from toolkit.training import checkpoint, loop
+from toolkit.ranks import last_words
+from toolkit.training import loop
 
 WHAT, RANK, STEP = os.environ["FAULT"].split()
 SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "warn": signal.SIGUSR1, "terminate": signal.SIGTERM}

@@ -12,11 +12,11 @@ from torch import nn
 
 from toolkit import slicing
 from toolkit.collectives import gather_texts, rank
-from toolkit.last_words import end
-from toolkit.objectives import Objective
-from toolkit.training.fingerprint import Fingerprints
-from toolkit.training.process_group import start_distributed
-from toolkit.watch import Diverged
+from toolkit.methods.objective import Objective
+from toolkit.ranks.fingerprint import Fingerprints
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
+from toolkit.ranks.watch import Diverged
 
 ROWS, OTHERS = "00000000000000aa", "ffffffffffffff01"
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from retrievers import tiny_retriever
 
 from eval import evaluate as evaluation
-from toolkit.last_words import end
+from toolkit.ranks.last_words import end
 
 torch.set_num_threads(1)
 if "RANK" in os.environ:

@@ -8,44 +8,54 @@ from typing import Any
 from unittest import mock
 
 import torch
-from revela_matrix import NUM_POOLS, POOL, Outcome, compared, own_batches, precision, two_steps, worst_of_ranks
-from tiny import random_tokens, revela_stage
+from revela_matrix import (
+    POOL,
+    Outcome,
+    compared,
+    number_of_pools,
+    own_batches,
+    precision,
+    two_steps,
+    worst_of_ranks,
+)
+from tiny import models_at, random_tokens, revela_stage
 
 import toolkit.losses.language
-import toolkit.objectives.language_model
+import toolkit.methods.language_model.objective
 import toolkit.training.engine as engines
 from toolkit.collectives import pool_mean, rank
-from toolkit.data.spans import LanguageModelBatch
-from toolkit.last_words import end
+from toolkit.methods import method_of
+from toolkit.methods.language_model.rows import LanguageModelBatch
+from toolkit.methods.method import Models
 from toolkit.models.backbone import load_causal_lm
-from toolkit.objectives import build_objective
-from toolkit.training.process_group import start_distributed
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
 
 CPU = torch.device("cpu")
 # A mistake that must be seen at span world: the mean over the own tokens.
 MEANS = {None: pool_mean, "own_mean": lambda own, count, span: own / count}
 
 
-def build_fp64(*arguments: Any) -> torch.nn.Module:
-    return build_objective(*arguments).double()
+def build_fp64(stage: Any, seed: int, device: Any, models: Models) -> torch.nn.Module:
+    return method_of(stage.objective.name).build(stage, seed, device, models).double()
 
 
 def run_case(case: dict[str, Any], folder: Path) -> dict[str, float]:
     """Errors of one case in fp64, as `compared` gives them."""
-    batch = {"batch__pool": POOL, "batch__pools_per_step": NUM_POOLS}
+    batch = {"batch__pool": POOL, "batch__pools_per_step": number_of_pools(case)}
     objective = {"name": "language_model", "max_tokens": 14}
     stage = revela_stage(lora=None, objective=objective, **batch, **case["changes"])
     generator = torch.Generator().manual_seed(3)
-    pools = [LanguageModelBatch(random_tokens(POOL, generator)) for _ in range(NUM_POOLS)]
+    pools = [LanguageModelBatch(random_tokens(POOL, generator)) for _ in range(number_of_pools(case))]
     engines.build_objective = build_fp64
     mean = MEANS[case.get("control")]
     with (
         precision(True),
         mock.patch.object(toolkit.losses.language, "MAX_LOGITS", case["max_logits"]),
-        mock.patch.object(toolkit.objectives.language_model, "pool_mean", mean),
+        mock.patch.object(toolkit.methods.language_model.objective, "pool_mean", mean),
     ):
         persistent = {"stage3_param_persistence_threshold": 0} if stage.zero.stage == 3 else {}
-        engine = engines.build_engine(stage, 3, CPU, folder, None, None, reduce_bucket_size=3000, **persistent)
+        engine = engines.build_engine(stage, 3, CPU, models_at(folder), reduce_bucket_size=3000, **persistent)
         found = two_steps(engine, own_batches(pools, stage.batch.span))
         engine.destroy()
     return compared(found, partial(dense, pools, folder), True)

@@ -13,8 +13,8 @@ from retrievers import tiny_retriever
 from eval import evaluate as evaluation
 from eval.tasks import MtebTask
 from toolkit.collectives import RankZeroFailed
-from toolkit.last_words import end
-from toolkit.recipe import RecipeError
+from toolkit.ranks.last_words import end
+from toolkit.recipe.errors import RecipeError
 
 
 def unreadable() -> None:

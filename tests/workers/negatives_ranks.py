@@ -7,15 +7,15 @@ from typing import Any
 
 from reported import report
 
-from toolkit.prepare_negatives import with_negatives
-from toolkit.recipe import Data
+from toolkit.prepare.negatives import with_negatives
+from toolkit.recipe.pairs import PairsData
 
 
 def works(request: Any) -> list[Callable[[], str]]:
     run, export = Path(request["run"]), Path(request["export"])
 
     def prepare(raw: dict[str, Any]) -> str:
-        data = with_negatives(Data.model_validate_json(json.dumps(raw)), export, run, 0, "cpu")
+        data = with_negatives(PairsData.model_validate_json(json.dumps(raw)), export, run, 0, "cpu")
         return json.dumps([source.model_dump(mode="json") for source in data.sources])
 
     return [lambda raw=raw: prepare(raw) for raw in request["data"]]

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import random_crops, random_pools, revela_stage, stage_of
+from tiny import models_at, random_crops, random_pools, revela_stage, stage_of
 
 from toolkit.collectives import rank, world_size
-from toolkit.last_words import end
-from toolkit.objectives import Loss
-from toolkit.recipe import Stage
+from toolkit.methods.objective import Loss
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
+from toolkit.recipe.stage import Stage
 from toolkit.training.engine import build_engine, gather_trainable, train_step
-from toolkit.training.process_group import start_distributed
 
 CPU = torch.device("cpu")
 SEED = 3
@@ -49,28 +49,42 @@ def all_state(engine: Any, stage: Stage) -> dict[str, torch.Tensor]:
     return gather_trainable(engine.module, stage.zero.stage) | kept
 
 
-def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
-    """Steps with a poisoned one between them, and the same without; what differs after them."""
+def run_case(
+    case: dict[str, Any], folders: dict[str, str], clean: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, Any]:
+    """Steps with a poisoned one between them, and the same without; what differs after them.
+
+    Args:
+        clean: the weights of the steps without, of the cases before; cases that differ in the poison share them.
+    """
     changes = {"optim__lr": 1e-2, "optim__clip": 1.0, "optim__steps": 4} | case["changes"]
     stage = revela_stage(**changes) if case["method"] == "revela" else stage_of(case["method"], **changes)
     lm = Path(folders["llama_lm"]) if case["method"] == "revela" else None
     stage = stage.model_copy(update={"batch": stage.batch.model_copy(update={"pools_per_step": 2 * world_size()})})
-    weights, values = [], {}
-    for poisoned in (False, True):
-        engine = build_engine(stage, SEED, CPU, Path(folders["llama"]), None, lm)
+
+    def build() -> Any:
+        return build_engine(stage, SEED, CPU, models_at(Path(folders["llama"]), None, lm))
+
+    same = json.dumps([case["method"], case["changes"]])
+    if same not in clean:
+        engine = build()
         step(engine, stage, 0)
-        if poisoned:
-            poison(engine, case["what"])
-            before = all_state(engine, stage)
-            values = step(engine, stage, 1)
-            after = all_state(engine, stage)
         step(engine, stage, 2)
-        weights.append(all_state(engine, stage))
+        clean[same] = all_state(engine, stage)
         engine.destroy()
+    engine = build()
+    step(engine, stage, 0)
+    poison(engine, case["what"])
+    before = all_state(engine, stage)
+    values = step(engine, stage, 1)
+    after = all_state(engine, stage)
+    step(engine, stage, 2)
+    weights = all_state(engine, stage)
+    engine.destroy()
     return {
         "changed": sum(not torch.equal(before[name], after[name]) for name in before),
-        "different": sum(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
-        "moved": sum(not torch.equal(weights[1][name], before[name]) for name in before),
+        "different": sum(not torch.equal(clean[same][name], weights[name]) for name in weights),
+        "moved": sum(not torch.equal(weights[name], before[name]) for name in before),
         "arrays": len(before),
         "loss": str(values["loss"]),
         "grad_norm": str(values["grad_norm"]),
@@ -80,7 +94,8 @@ def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
 if __name__ == "__main__":
     request = json.loads(Path(sys.argv[-2]).read_text())
     start_distributed()
-    answer = {name: run_case(case, request["folders"]) for name, case in request["cases"].items()}
+    clean: dict[str, dict[str, torch.Tensor]] = {}
+    answer = {name: run_case(case, request["folders"], clean) for name, case in request["cases"].items()}
     if rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(answer))
     end(0)

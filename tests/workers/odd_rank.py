@@ -6,7 +6,7 @@ import socket
 import sys
 
 from launcher import preflight, run
-from toolkit import last_words
+from toolkit.ranks import last_words
 
 ODD = json.loads(os.environ["ODD"])
 own_facts = preflight.own_facts

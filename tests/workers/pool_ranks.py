@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from toolkit.collectives import rank, world_size
-from toolkit.last_words import end
-from toolkit.objectives.pool_memory import share_pool
-from toolkit.training.process_group import start_distributed
+from toolkit.methods.revela.pool_memory import share_pool
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
 
 
 def random_pool(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

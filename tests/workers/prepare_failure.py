@@ -6,13 +6,13 @@ from typing import Any
 
 from reported import report
 
-from toolkit.prepare import prepare_passages
-from toolkit.recipe import Data
+from toolkit.prepare.passages import prepare_passages
+from toolkit.recipe.texts import PassagesData
 
 
 def works(request: Any) -> list[Callable[[], str]]:
     def prepare(folder: str) -> str:
-        data = Data.model_validate(
+        data = PassagesData.model_validate(
             {"sources": [{"folder": folder}], "passages": {"unit": "lines", "max_words": 5}, "interleave": 1}
         )
         return prepare_passages(data, Path(request["run"])).digest

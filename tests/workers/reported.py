@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.last_words import end
-from toolkit.recipe import RecipeError
+from toolkit.ranks.last_words import end
+from toolkit.recipe.errors import RecipeError
 
 
 def report(works: Callable[[Any], list[Callable[[], Any]]]) -> None:

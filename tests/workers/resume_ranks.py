@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import random_crops, random_pools, revela_stage, stage_of
+from tiny import models_at, random_crops, random_pools, revela_stage, stage_of
 
+from toolkit.checkpoint import states as checkpoint
+from toolkit.checkpoint.shares import WEIGHT
+from toolkit.checkpoint.states import RunState, load_newest, save_checkpoint
 from toolkit.collectives import on_rank_zero, rank, world_size
-from toolkit.last_words import end
-from toolkit.recipe import Stage
-from toolkit.training import checkpoint
-from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
+from toolkit.recipe.stage import Stage
 from toolkit.training.engine import build_engine, gather_trainable, train_step
-from toolkit.training.process_group import start_distributed
-from toolkit.training.shares import WEIGHT
 
 CPU = torch.device("cpu")
 SEED, SAVED, LAST, POOLS = 3, 2, 4, 4
@@ -81,7 +81,7 @@ def run_case(case: dict[str, Any], folders: dict[str, str], checkpoints: Path, s
 
     def build() -> Any:
         lm = Path(folders["llama_lm"]) if case["method"] == "revela" else None
-        return build_engine(stage, SEED, CPU, Path(folders["llama"]), None, lm)
+        return build_engine(stage, SEED, CPU, models_at(Path(folders["llama"]), None, lm))
 
     answer: dict[str, Any] = {}
     first = 0 if case["control"] == "before any step" else SAVED  # as if all steps until then had been left out

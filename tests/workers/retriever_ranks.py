@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from reported import report
 
-from toolkit.recipe import EvalSettings
-from toolkit.retrievers import load_any
+from toolkit.recipe.evaluation import EvalSettings
+from toolkit.retrieval.retrievers import load_any
 
 
 def works(request: Any) -> list[Callable[[], str]]:

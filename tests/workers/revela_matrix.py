@@ -16,21 +16,23 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from fp64 import fp64_inside
 from reference import NAME, revela_loss
-from tiny import random_pools, revela_stage, rows_of
+from tiny import build_objective, models_at, random_pools, revela_stage, rows_of
 
 import toolkit.losses.language
-import toolkit.objectives.revela
+import toolkit.methods.revela.objective
 import toolkit.training.engine as engines
 from toolkit.collectives import gather, rank, sum_over_ranks, world_size
-from toolkit.last_words import end
+from toolkit.methods import method_of
+from toolkit.methods.method import Models
+from toolkit.methods.revela import pool_memory
+from toolkit.methods.revela.keys import RevelaObjective
+from toolkit.methods.revela.objective import Revela
 from toolkit.models.backbone import load_causal_lm
-from toolkit.objectives import pool_memory
-from toolkit.objectives.revela import Revela, build_revela
-from toolkit.recipe import RevelaObjective
-from toolkit.training.process_group import start_distributed
+from toolkit.ranks.last_words import end
+from toolkit.ranks.process_group import start_distributed
 
 GRID, STEPS = 2**13, 8
-NUM_POOLS, POOL = 4, 8
+POOL = 8
 
 
 def on_grid(similarity: torch.Tensor) -> torch.Tensor:
@@ -58,10 +60,8 @@ def perturb(objective: torch.nn.Module, size: float = 0.3) -> None:
             parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def build_perturbed(
-    stage: Any, seed: int, device: Any, folder: Path, adapter: None, lm_folder: Path, fp64: bool
-) -> Revela:
-    objective = build_revela(stage, stage.objective, seed, device, folder, adapter, lm_folder)
+def build_perturbed(stage: Any, seed: int, device: Any, models: Models, fp64: bool) -> Any:
+    objective: Any = method_of(stage.objective.name).build(stage, seed, device, models)
     perturb(objective)
     if stage.objective.temperature < 0.01:
         objective.weights = lambda q, p, masked: weights_of(objective, on_grid(q @ p.T), masked)  # pyright: ignore
@@ -94,10 +94,14 @@ class OwnSlice(torch.autograd.Function):
 
 # Mistakes that must be seen at span world: name -> (module, function of it, what stands in for it)
 CONTROLS = {
-    "own_slice_backward": (toolkit.objectives.revela, "gather_with_grad", OwnSlice.apply),
+    "own_slice_backward": (toolkit.methods.revela.objective, "gather_with_grad", OwnSlice.apply),
     "keys_without_gradient": (pool_memory, "_ticket", lambda own, layers, route: own.new_zeros(1)),
-    "no_world_size": (toolkit.objectives.revela, "pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
-    "mean_of_own_tokens": (toolkit.objectives.revela, "pool_mean", lambda own, count, span: own / count),
+    "no_world_size": (
+        toolkit.methods.revela.objective,
+        "pool_mean",
+        lambda own, count, span: own / sum_over_ranks(count),
+    ),
+    "mean_of_own_tokens": (toolkit.methods.revela.objective, "pool_mean", lambda own, count, span: own / count),
 }
 
 
@@ -122,19 +126,24 @@ def precision(fp64: bool) -> Iterator[None]:
 
 def run_case(case: dict[str, Any], folders: dict[str, str]) -> dict[str, float]:
     """Errors of one case, as `compared` gives them."""
-    stage = revela_stage(**case["changes"], batch__pool=POOL, batch__pools_per_step=NUM_POOLS)
+    stage = revela_stage(**case["changes"], batch__pool=POOL, batch__pools_per_step=number_of_pools(case))
     assert isinstance(stage.objective, RevelaObjective)
     folder, lm_folder = Path(folders[case["arch"]]), Path(folders[case["arch"] + "_lm"])
-    pools = random_pools(NUM_POOLS, POOL, seed=case["seed"])
+    pools = random_pools(stage.batch.pools_per_step, POOL, seed=case["seed"])
     engines.build_objective = partial(build_perturbed, fp64=case["fp64"])
     with precision(case["fp64"]), mock.patch.object(toolkit.losses.language, "MAX_LOGITS", case["max_logits"]):
         engine = engines.build_engine(
-            stage, 3, torch.device("cpu"), folder, None, lm_folder, reduce_bucket_size=3000,
+            stage, 3, torch.device("cpu"), models_at(folder, None, lm_folder), reduce_bucket_size=3000,
             **({"stage3_param_persistence_threshold": 0} if stage.zero.stage == 3 else {}),
         )  # fmt: skip
         found = two_steps(engine, own_batches(pools, stage.batch.span))
         engine.destroy()
     return compared(found, partial(dense, stage, pools, folder, lm_folder), case["fp64"])
+
+
+def number_of_pools(case: dict[str, Any]) -> int:
+    """Of a step: each rank has two batches, but at span rank on four ranks, where it has one."""
+    return 2 if world_size() == 1 or case["changes"]["batch__span"] == "world" else 4
 
 
 def two_steps(engine: Any, batches: list[Any]) -> Outcome:
@@ -168,7 +177,7 @@ def own_batches(pools: list[Any], span: str) -> list[Any]:
 
 def dense(stage: Any, pools: Any, folder: Path, lm_folder: Path, fp64: bool) -> Outcome:
     """The dense form's."""
-    objective: Any = build_revela(stage, stage.objective, 3, "cpu", folder, None, lm_folder)
+    objective: Any = build_objective(stage, 3, "cpu", folder, None, lm_folder)
     whole = load_causal_lm(lm_folder, torch.float32, NAME)
     if stage.objective.language_model.lora is None:
         objective.language_model.causal_lm = whole.train()
@@ -232,7 +241,7 @@ def main() -> None:
     start_distributed()
     answers = []
     for case in request["cases"]:
-        place, name, stand_in = CONTROLS.get(case.get("control"), (toolkit.objectives.revela, "rank", rank))
+        place, name, stand_in = CONTROLS.get(case.get("control"), (toolkit.methods.revela.objective, "rank", rank))
         with mock.patch.object(place, name, stand_in):
             answers.append(run_case(case, request["folders"]))
     answers = worst_of_ranks(answers)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from toolkit.last_words import end
-from toolkit.search import search
-from toolkit.vectors import Shard, Vectors
+from toolkit.ranks.last_words import end
+from toolkit.retrieval.search import search
+from toolkit.retrieval.vectors import Shard, Vectors
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -11,7 +11,7 @@ from reported import report
 
 from eval import evaluate as evaluation
 from eval.tasks import Task
-from toolkit import bm25
+from toolkit.retrieval import bm25
 
 
 def works(request: Any) -> list[Callable[[], Any]]:

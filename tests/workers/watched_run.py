@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run
-from toolkit import last_words
+from toolkit.ranks import last_words
 
 ANY = ("00000000", "00000000000000000000000000000000")
 bound: list[str] = []

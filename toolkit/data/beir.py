@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.data.faults import RowFault, Skipped, leave_out, some_usable
 from toolkit.data.lines import decoded, numbered_lines, parsed
 from toolkit.data.records import check_encodable, kind_of
-from toolkit.recipe import RecipeError, one_line
+from toolkit.recipe.errors import RecipeError, one_line
 
 HIGHEST_GRADE = 999_999  # trec_eval takes memory for every grade up to the highest, and reads one of 2^31 as another
 _UNNAMEABLE = re.compile(r"[\0\t\r\n]")  # ends an id in a file of judgements, or in trec_eval

@@ -7,9 +7,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from toolkit.recipe import Data, RecipeError, one_line
+from toolkit.recipe.errors import RecipeError, one_line
 
 Record = TypeVar("Record")
 
@@ -41,9 +41,9 @@ class Skipped:
             lines.append(str(fault))
 
 
-def skipping(data: Data) -> Skipped | None:
+def skipping(faulty_rows: Literal["refuse", "skip"]) -> Skipped | None:
     """Where the faulty rows of a stage are counted; None where the first of them is an error."""
-    return Skipped() if data.faulty_rows == "skip" else None
+    return Skipped() if faulty_rows == "skip" else None
 
 
 def leave_out(fault: RowFault, skipped: Skipped | None) -> None:

@@ -1,6 +1,6 @@
 """What the first rows of a source show before anything is trained: its columns and their use, examples, negatives.
 
-Called by the launcher ahead of a run and by --dry-run, and by prepare_pairs for its errors.
+Called by the methods, for the launcher's look ahead and the dry run, and by prepare_pairs for its errors.
 """
 
 import json
@@ -15,11 +15,14 @@ import pyarrow.parquet as pq
 from toolkit.data.beir import beir_rows, read_judgements, titled
 from toolkit.data.faults import Skipped, listed, skipping
 from toolkit.data.lines import numbered_lines
-from toolkit.data.pair_records import Layout, PairRecord, PairSource, first_pairs, pair_files, pair_layout, read_pairs
+from toolkit.data.pair_records import Layout, PairRecord, first_pairs, pair_files, pair_layout, read_pairs
 from toolkit.data.records import Record, RowFault, first_records, read_rows, text_columns
 from toolkit.data.source_files import data_files, other_files, source_files
 from toolkit.files import expanded
-from toolkit.recipe import Data, FolderSource, HubSource, RecipeError, StdlibSource, one_line, source_name
+from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.pairs import FolderPairs, HubPairs, PairsData, PairSource, StdlibPairs
+from toolkit.recipe.sources import FolderSource, HubSource, Source, StdlibSource, source_name
+from toolkit.recipe.texts import FolderTexts, HubTexts, StdlibTexts, TextsData
 
 FIRST = 100  # rows of each file that are looked at
 SEARCHED = 100_000  # rows that are searched for a negative, documents for a positive
@@ -38,28 +41,40 @@ class Look(NamedTuple):
     negatives: bool | None  # whether a row has one; None where that is not known
 
 
-def look(source: PairSource, data: Data) -> Look:
-    """The first rows of a source, read as training reads them.
+def look_at_texts(source: HubTexts | FolderTexts | StdlibTexts, data: TextsData) -> Look:
+    """The first rows of a source of texts, read as training reads them.
 
     Raises:
-        RecipeError: as the readers do (`read_pairs`, `read_source`), for what the first rows show.
+        RecipeError: as `read_source`, for what the first rows show.
         Unreachable: where the hub cannot be reached.
     """
-    if isinstance(source, StdlibSource):
+    if isinstance(source, StdlibTexts):
         return Look(source_name(source), "", [], [], [], [], False)
-    if isinstance(source, FolderSource) and source.format == "beir":
+    skipped, name = skipping(data.faulty_rows), _name(source)
+    found = list(dict.fromkeys(column for columns in _columns(source, skipped) for column in columns))
+    texts = list(first_records(source, FIRST, skipping(data.faulty_rows)))
+    fields = source.fields
+    used = {"text": fields.text, "title": fields.title, "document": fields.document}
+    used = {key: column for key, column in used.items() if column in text_columns(source) and column in found}
+    unused = [column for column in found if column not in used.values()]
+    return Look(name, _line(name, used, unused), found, unused, [], texts, None)
+
+
+def look_at_pairs(source: PairSource, data: PairsData) -> Look:
+    """The first rows of a source of pairs, read as training reads them.
+
+    Raises:
+        RecipeError: as `read_pairs`, for what the first rows show.
+        Unreachable: where the hub cannot be reached.
+    """
+    if isinstance(source, StdlibPairs):
+        return Look(source_name(source), "", [], [], [], [], False)
+    if isinstance(source, FolderPairs) and source.format == "beir":
         return _look_at_beir(source, data)
     name = _name(source)
-    rows_of = _columns(source, skipping(data))
+    rows_of = _columns(source, skipping(data.faulty_rows))
     found = list(dict.fromkeys(column for columns in rows_of for column in columns))
-    if source.format != "pairs":
-        texts = list(first_records(source, FIRST, skipping(data)))
-        fields = source.fields
-        used = {"text": fields.text, "title": fields.title, "document": fields.document}
-        used = {key: column for key, column in used.items() if column in text_columns(source) and column in found}
-        unused = [column for column in found if column not in used.values()]
-        return Look(name, _line(name, used, unused), found, unused, [], texts, None)
-    pairs = list(first_pairs(source, FIRST, skipping(data)))
+    pairs = list(first_pairs(source, FIRST, skipping(data.faulty_rows)))
     layout = _layout(rows_of, source, data)
     if layout is None:
         return Look(name, "", found, found, pairs, [], None)
@@ -70,6 +85,12 @@ def look(source: PairSource, data: Data) -> Look:
     idle = [] if data.negatives else [f"{column} (data.negatives is 0)" for column in layout.negatives]
     negatives = _any_negative(source, pairs, layout, data)
     return Look(name, _line(name, used, idle + unused), found, unused, pairs, [], negatives)
+
+
+def check_limit(source: PairSource) -> None:
+    """RecipeError for a source whose limit is above its rows, where these can be counted at once."""
+    if source.limit is not None and (total := count_rows(source)[0]) is not None and total < source.limit:
+        raise RecipeError(f"limit: {source.limit} rows are more than the source's {total}; lower or remove it")
 
 
 def no_negatives(wanted: int, looks: list[Look]) -> str:
@@ -126,7 +147,7 @@ def _columns(source: HubSource | FolderSource, skipped: Skipped | None) -> list[
     return [list(columns) for columns in met]
 
 
-def _layout(rows_of: list[list[str]], source: HubSource | FolderSource, data: Data) -> Layout | None:
+def _layout(rows_of: list[list[str]], source: HubPairs | FolderPairs, data: PairsData) -> Layout | None:
     """What the columns are, of the first rows that can be used; None if there are none of them yet."""
     for columns in rows_of:
         try:
@@ -143,7 +164,9 @@ def _line(name: str, used: dict[str, str], unused: list[str]) -> str:
     return one_line(f"{name}: {roles}" + (f"; not used: {listed(unused)}" if unused else ""))
 
 
-def _any_negative(source: HubSource | FolderSource, pairs: list[PairRecord], layout: Layout, data: Data) -> bool | None:
+def _any_negative(
+    source: HubPairs | FolderPairs, pairs: list[PairRecord], layout: Layout, data: PairsData
+) -> bool | None:
     """Whether a row has a negative: no source without a column for them; else the first rows tell, or more of them."""
     if not layout.negatives:
         return False
@@ -151,15 +174,15 @@ def _any_negative(source: HubSource | FolderSource, pairs: list[PairRecord], lay
         return bool(data.negatives) or None
     if isinstance(source, HubSource):  # more of it would be downloaded
         return None
-    for number, pair in enumerate(read_pairs(source, Counter(), skipping(data)), start=1):
+    for number, pair in enumerate(read_pairs(source, Counter(), skipping(data.faulty_rows)), start=1):
         if pair.negatives or number == SEARCHED:
             return True if pair.negatives else None
     return False
 
 
-def _look_at_beir(source: FolderSource, data: Data) -> Look:
+def _look_at_beir(source: FolderPairs, data: PairsData) -> Look:
     corpus, asked, judgements = pair_files(source)
-    skipped = skipping(data)
+    skipped = skipping(data.faulty_rows)
     qrels = read_judgements(judgements, skipped=skipped)
     rows = islice(beir_rows(asked, skipped), SEARCHED)
     queries = dict(islice(((row_id, titled(row)) for row_id, row, _ in rows if row_id in qrels), FIRST))
@@ -189,7 +212,7 @@ def _look_at_beir(source: FolderSource, data: Data) -> Look:
 # --------------------------------------------------------------------------- how many rows
 
 
-def count_rows(source: PairSource) -> tuple[int | None, str]:
+def count_rows(source: Source) -> tuple[int | None, str]:
     """Rows of a local source before any are left out, and how they were counted; None with the reason why they are not.
 
     Raises:
@@ -199,7 +222,7 @@ def count_rows(source: PairSource) -> tuple[int | None, str]:
         return None, "not counted: the embedded corpus"
     if isinstance(source, HubSource):
         return None, "not counted: a dataset of the hub"
-    if source.format == "beir":
+    if isinstance(source, FolderPairs) and source.format == "beir":
         return len(read_judgements(pair_files(source)[2], skipped=Skipped())), "judged queries"
     total, ways = 0, {}
     for path in source_files(source):

@@ -9,7 +9,12 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from toolkit.recipe import HubSource, RecipeError, one_line
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.utils import get_session, validate_repo_id
+
+from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.sources import HubSource
 
 
 class Unreachable(RecipeError):
@@ -19,10 +24,6 @@ class Unreachable(RecipeError):
 @functools.cache
 def reachable() -> bool:
     """Whether the hub answers here, asked once and for five seconds; the libraries themselves try for half a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-    from huggingface_hub.utils import get_session
-
     if constants.is_offline_mode():
         return False
     try:
@@ -41,7 +42,7 @@ def hub_dataset(source: HubSource) -> Any:
 
 def first_of_hub(source: HubSource, most: int) -> Any:
     """The first rows of a hub dataset, fetched without the rest; without the network, of the local cache."""
-    import datasets
+    import datasets  # as in hub_dataset
 
     if not reachable():
         dataset = hub_dataset(source)  # downloads nothing: it is in the cache, or this fails
@@ -57,8 +58,6 @@ def first_of_hub(source: HubSource, most: int) -> Any:
 
 def load_from_hub(source: HubSource, load: Callable[..., Any]) -> Any:
     """`load` (datasets.load_dataset) with each failure as one line; Unreachable where only the network lacks."""
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(source.hub)
         return load(source.hub, source.config, split=source.split, streaming=False)

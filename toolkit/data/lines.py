@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data.faults import RowFault
-from toolkit.recipe import RecipeError, one_line
+from toolkit.recipe.errors import RecipeError, one_line
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -1,6 +1,6 @@
 """Rows of pairs beside the passages to search, and which of those that a search finds may be a row's hard negatives.
 
-Called by toolkit.mining. Texts are compared without case, white space and Unicode forms, so that no copy of a positive
+Called by mining. Texts are compared without case, white space and Unicode forms, so that no copy of a positive
 becomes a negative.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.data.pair_records import PairRecord
-from toolkit.recipe import MineSettings
+from toolkit.recipe.search import MineSettings
 
 ANCHORS = ("lowest", "mean", "highest")  # the values of MineSettings.positive
 

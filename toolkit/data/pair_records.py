@@ -1,6 +1,6 @@
 """Sources of a recipe -> checked rows of a query with its positives and hard negatives, in constant memory.
 
-Called by prepare (training data of the contrastive objective). A row that cannot be used is a RowFault with place and
+Called by prepare (training data of queries and documents). A row that cannot be used is a RowFault with place and
 fix, or is left out and counted.
 """
 
@@ -30,9 +30,9 @@ from toolkit.data.source_files import source_files
 from toolkit.data.stdlib_corpus import collection, summary
 from toolkit.data.stdlib_names import named_code
 from toolkit.files import expanded
-from toolkit.recipe import Fields, FolderSource, HubSource, RecipeError, StdlibSource, one_line, source_name
-
-PairSource = HubSource | FolderSource | StdlibSource
+from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.pairs import FolderPairs, HubPairs, PairFields, PairSource, StdlibPairs
+from toolkit.recipe.sources import FolderSource, HubSource, Source, StdlibSource, source_name
 
 # Columns read as they are where the recipe names none.
 QUERIES = ("query", "anchor")  # Tevatron and FlagEmbedding; sentence-transformers
@@ -67,26 +67,26 @@ def read_pairs(source: PairSource, counts: Counter[str], skipped: Skipped | None
         RecipeError: for a malformed row (where, what, fix), unknown columns, files that are missing or cannot be read
             on, no access to the hub, and a source whose rows are all faulty.
     """
-    if isinstance(source, StdlibSource):
+    if isinstance(source, StdlibPairs):
         return _stdlib_pairs(counts) if source.stdlib == "docstrings" else _stdlib_names(counts)
-    if isinstance(source, FolderSource) and source.format == "beir":
+    if isinstance(source, FolderPairs) and source.format == "beir":
         return _beir_pairs(source, counts, skipped)
     return some_usable(_row_pairs(source, counts, skipped), source_name(source), skipped)
 
 
-def first_pairs(source: HubSource | FolderSource, most: int, skipped: Skipped | None) -> Iterator[PairRecord]:
+def first_pairs(source: HubPairs | FolderPairs, most: int, skipped: Skipped | None) -> Iterator[PairRecord]:
     """Pairs among the first `most` rows of each file; raises as `read_pairs`, but not for faulty rows alone."""
     return _row_pairs(source, Counter(), skipped, most)
 
 
-def pair_fingerprint(source: PairSource) -> list[Any]:
+def pair_fingerprint(source: Source) -> list[Any]:
     """What tells that a source has changed, without reading it: names, sizes and times of files, hub ids, a digest."""
     if isinstance(source, FolderSource):
         return file_states(pair_files(source))
     return ["stdlib", summary()["digest"]] if isinstance(source, StdlibSource) else fingerprint(source)
 
 
-def content_hash(source: PairSource) -> str:
+def content_hash(source: Source) -> str:
     """32 hex digits of the content alone: the bytes of files, the fingerprint of a hub dataset, the corpus's digest."""
     if isinstance(source, FolderSource):
         parts = [_file_hash(path) for path in pair_files(source)]
@@ -104,7 +104,7 @@ def pair_files(source: FolderSource) -> list[Path]:
     Raises:
         RecipeError: if there are none; for beir, with the splits there are.
     """
-    if source.format != "beir":
+    if not isinstance(source, FolderPairs) or source.format != "beir":
         return source_files(source)
     folder, split = expanded(source.folder), source.split or BEIR_SPLIT
     if not os.path.isdir(folder):
@@ -142,7 +142,7 @@ class Layout(NamedTuple):
         return list(dict.fromkeys(named))
 
 
-def pair_layout(found: list[str], fields: Fields, where: str) -> Layout:
+def pair_layout(found: list[str], fields: PairFields, where: str) -> Layout:
     """The columns that the recipe names and, for those it does not, the known names among the rest.
 
     Raises:
@@ -190,7 +190,7 @@ def _negatives(free: list[str], where: str) -> list[str]:
 
 
 def _row_pairs(
-    source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None, most: int | None = None
+    source: HubPairs | FolderPairs, counts: Counter[str], skipped: Skipped | None, most: int | None = None
 ) -> Iterator[PairRecord]:
     fields = source.fields
 
@@ -217,7 +217,7 @@ def _row_pairs(
             yield record
 
 
-def _same_layout(found: list[str], first: Layout | None, fields: Fields, where: str) -> Layout:
+def _same_layout(found: list[str], first: Layout | None, fields: PairFields, where: str) -> Layout:
     """The layout of the first row of use; RowFault for a row with another, whose negatives would be lost."""
     layout = pair_layout(found, fields, where)
     if first is not None and layout != first:
@@ -229,7 +229,7 @@ def _same_layout(found: list[str], first: Layout | None, fields: Fields, where: 
     return layout
 
 
-def _record(row: dict[str, Any], layout: Layout, fields: Fields, where: str) -> PairRecord | None:
+def _record(row: dict[str, Any], layout: Layout, fields: PairFields, where: str) -> PairRecord | None:
     query = checked_text(row[layout.query], "query", layout.query, where)
     positives = _passages(row[layout.positive], "positive", layout.positive, fields, where)
     negatives = [text for name in layout.negatives for text in _passages(row[name], "negatives", name, fields, where)]
@@ -237,14 +237,14 @@ def _record(row: dict[str, Any], layout: Layout, fields: Fields, where: str) -> 
     return PairRecord(query, positives, negatives, weight) if query.strip() and positives else None
 
 
-def _passages(value: Any, key: str, column: str, fields: Fields, where: str) -> list[str]:
+def _passages(value: Any, key: str, column: str, fields: PairFields, where: str) -> list[str]:
     """The texts of a column: a text, a passage, or a list of them; without the empty ones."""
     items = value if isinstance(value, list) else [value]
     texts = [_passage(item, key, column, fields, where) for item in items]
     return [text for text in texts if text.strip()]
 
 
-def _passage(value: Any, key: str, column: str, fields: Fields, where: str) -> str:
+def _passage(value: Any, key: str, column: str, fields: PairFields, where: str) -> str:
     if not isinstance(value, dict):
         return checked_text(value, key, column, where)
     for name, setting in ((fields.text, "text"), (fields.title, "title")):
@@ -277,7 +277,7 @@ def _weight(value: Any, column: str, where: str) -> float:
 # --------------------------------------------------------------------------- collections
 
 
-def _beir_pairs(source: FolderSource, counts: Counter[str], skipped: Skipped | None) -> Iterator[PairRecord]:
+def _beir_pairs(source: FolderPairs, counts: Counter[str], skipped: Skipped | None) -> Iterator[PairRecord]:
     corpus, asked, judgements = pair_files(source)
     documents, queries = read_beir_texts(corpus, skipped), read_beir_texts(asked, skipped)
     some = False

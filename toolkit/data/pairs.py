@@ -1,4 +1,4 @@
-"""Pairs for the contrastive objective: token ids of queries, positives and hard negatives on disk, order and batch.
+"""Pairs: token ids of queries, positives and hard negatives on disk, order and batch.
 
 Called by prepare_pairs (write) and by training (plan and collate).
 """
@@ -24,7 +24,7 @@ from toolkit.data.pair_records import PairRecord
 from toolkit.data.token_store import TokenRows, TokenWriter
 from toolkit.data.tokens import Tokens
 from toolkit.determinism import generator
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 # --------------------------------------------------------------------------- pairs on disk
 

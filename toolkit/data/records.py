@@ -18,7 +18,9 @@ from toolkit.data.faults import RowFault, Skipped, leave_out, listed, some_usabl
 from toolkit.data.hub import first_line, first_of_hub, hub_dataset
 from toolkit.data.lines import numbered_lines, parsed
 from toolkit.data.source_files import source_files
-from toolkit.recipe import FolderSource, HubSource, RecipeError, one_line, source_name
+from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.sources import FolderSource, HubSource, source_name
+from toolkit.recipe.texts import FolderTexts, HubTexts
 
 UNREADABLE = (ValueError, OverflowError, pa.ArrowException)  # what Arrow raises for values Python cannot hold
 NO_COLUMN = "without a column"  # kind of fault
@@ -41,7 +43,7 @@ class Collection(NamedTuple):
 
 
 def read_source(
-    source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None = None
+    source: HubTexts | FolderTexts, counts: Counter[str], skipped: Skipped | None = None
 ) -> Iterator[Record]:
     """Records of one source, in order; adds to counts["rows"] and to counts["empty"] (left out for want of text).
 
@@ -55,13 +57,13 @@ def read_source(
     return some_usable(_records(source, counts, skipped), source_name(source), skipped)
 
 
-def first_records(source: HubSource | FolderSource, most: int, skipped: Skipped | None) -> Iterator[Record]:
+def first_records(source: HubTexts | FolderTexts, most: int, skipped: Skipped | None) -> Iterator[Record]:
     """Records among the first `most` rows of each file; raises as `read_source`, but not for faulty rows alone."""
     return _records(source, Counter(), skipped, most)
 
 
 def _records(
-    source: HubSource | FolderSource, counts: Counter[str], skipped: Skipped | None, most: int | None = None
+    source: HubTexts | FolderTexts, counts: Counter[str], skipped: Skipped | None, most: int | None = None
 ) -> Iterator[Record]:
     def columns(found: list[str], where: str) -> list[str]:
         _require(found, source, where)
@@ -204,14 +206,14 @@ def _hub_rows(source: HubSource, dataset: Any, columns: ChooseColumns, counts: C
 # --------------------------------------------------------------------------- one row
 
 
-def text_columns(source: HubSource | FolderSource) -> list[str]:
+def text_columns(source: HubTexts | FolderTexts) -> list[str]:
     """The columns that a source of documents, passages or groups reads, each once."""
     fields = source.fields
     wanted = [fields.text, fields.title, fields.document if source.format == "passages" else None]
     return list(dict.fromkeys(name for name in wanted if name is not None))
 
 
-def _require(found: list[str], source: HubSource | FolderSource, where: str) -> None:
+def _require(found: list[str], source: HubTexts | FolderTexts, where: str) -> None:
     fields = source.fields
     wanted = {"text": fields.text, "title": fields.title, "document": fields.document}
     for key, name in wanted.items():
@@ -224,7 +226,7 @@ def no_column(name: str, key: str, found: list[str], where: str) -> RowFault:
     return RowFault(NO_COLUMN, f"{where}: no column {name!r}; set fields.{key} to one of {listed(found)}")
 
 
-def _single(row: Any, source: FolderSource | HubSource, where: str) -> Record | None:
+def _single(row: Any, source: HubTexts | FolderTexts, where: str) -> Record | None:
     fields = source.fields
     if not isinstance(row, dict):
         hint = '; set format to "groups"' if isinstance(row, list) else "; write one object a line"
@@ -245,7 +247,7 @@ def _single(row: Any, source: FolderSource | HubSource, where: str) -> Record | 
     return Record([with_title(title, text)], None if document is None else str(document))
 
 
-def _group(row: Any, size: int | None, source: FolderSource | HubSource, where: str) -> Record | None:
+def _group(row: Any, size: int | None, source: HubTexts | FolderTexts, where: str) -> Record | None:
     if isinstance(row, dict):
         _require(list(row), source, where)
         row = row[source.fields.text]

@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 
 from toolkit.data.faults import listed
 from toolkit.files import expanded
-from toolkit.recipe import FolderSource, RecipeError, one_line
+from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.sources import FolderSource
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Of files that hold data too, and are not read; but for what libraries write beside data.

@@ -1,6 +1,6 @@
-"""Passages, pools and batches for Revela and the language model: cut, store on disk, plan the order, collate.
+"""Passages that documents become: cut, stored on disk, and put in order as pools.
 
-Called by prepare (cut and store) and by training (plan and collate).
+Called by prepare (cut and store) and by the methods that read passages (order).
 """
 
 import functools
@@ -9,17 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from toolkit.data.near_duplicates import signatures
-from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
 from toolkit.determinism import generator
-from toolkit.recipe import EncoderSettings, NearDuplicates, RecipeError
+from toolkit.recipe.errors import RecipeError
 
 # --------------------------------------------------------------------------- cutting documents
 
@@ -175,7 +171,7 @@ def check_sizes(pool: int, passages: int, interleave: int | None, documents: int
 class PoolPlan:
     """Which passages make global pool number t: a pure function of (seed, t), whatever the number of ranks.
 
-    Documents (Revela, section 4.1): each epoch shuffles them, lays them end to end and cuts that line into `interleave`
+    Documents (2506.16552, 4.1): each epoch shuffles them, lays them end to end and cuts that line into `interleave`
     lanes of equal length; passages are dealt from the lanes in turn (d11, d21, ..., dn1, d12, ...), so that every pool
     mixes that many documents to the very end, however unequal they are. At most one document per lane boundary is
     divided between two lanes. The dealt sequence is cut into pools, the tail dropped, the pools shuffled.
@@ -239,58 +235,3 @@ class PoolPlan:
             groups = random.permuted(groups, axis=1)
         pools = groups.reshape(-1)[: self.pools_per_epoch * self._pool].reshape(-1, self._pool)
         return pools[random.permutation(len(pools))]
-
-
-# --------------------------------------------------------------------------- batches
-
-
-class LanguageModelBatch(NamedTuple):
-    text: Tokens
-
-
-class RevelaBatch(NamedTuple):
-    query: Tokens  # the retriever's query side
-    passage: Tokens  # the retriever's passage side
-    text: Tokens  # what the language model reads
-    document: Tensor  # int64 [rows], document number of each row
-    signature: Tensor  # int32 [rows, HASHES] of the text, or [rows, 0] if near-duplicates may read one another
-
-
-def collate_language_model(
-    texts: list[str], document: np.ndarray, tokenizer: Any, max_tokens: int
-) -> LanguageModelBatch:
-    """Texts as they are, with the begin token if the tokenizer adds one and no end token."""
-    del document  # next-token prediction reads every passage alone
-    return LanguageModelBatch(pad(tokenize(tokenizer, texts, "", max_tokens, append_eos=False), pad_id(tokenizer)))
-
-
-def collate_revela(
-    texts: list[str],
-    document: np.ndarray,
-    *,
-    tokenizer: Any,
-    lm_tokenizer: Any,
-    encoder: EncoderSettings,
-    half_query: bool,
-    lm_max_tokens: int,
-    near_duplicates: NearDuplicates | None,
-) -> RevelaBatch:
-    """The retriever's two sides and the language model's text of each passage (Revela, section 4.2).
-
-    Args:
-        half_query: keep the first half of the query's tokens, the prefix counted, before the end token.
-        lm_max_tokens: longest text for the language model; it gets neither prefix nor end token.
-        near_duplicates: how the text's signature is made; None: no signature.
-    """
-    longest, eos = encoder.max_tokens, encoder.append_eos
-    query = tokenize(tokenizer, texts, encoder.query_prefix, longest, eos, half=half_query)
-    passage = tokenize(tokenizer, texts, encoder.passage_prefix, longest, eos)
-    text = tokenize(lm_tokenizer, texts, "", lm_max_tokens, append_eos=False)
-    padding = pad_id(tokenizer)
-    return RevelaBatch(
-        pad(query, padding),
-        pad(passage, padding),
-        pad(text, pad_id(lm_tokenizer)),
-        torch.as_tensor(document),
-        signatures(text, near_duplicates.ngram if near_duplicates else None),
-    )

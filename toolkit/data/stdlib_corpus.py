@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from toolkit.data.records import Collection
-from toolkit.recipe import RecipeError
+from toolkit.recipe.errors import RecipeError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TESTS_AND_INSTALLED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__"}

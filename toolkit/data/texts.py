@@ -1,20 +1,20 @@
 """The texts of a stage's sources, one after another: passages with their documents, or whole documents.
 
-Called by what prepares a stage: passages, crops, and the tokenizer of a model that is built.
+Called by what prepares a stage: passages, documents, and the tokenizer of a model that is built.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from toolkit.data import stdlib_corpus
 from toolkit.data.faults import Skipped
 from toolkit.data.records import check_group_sizes, read_source
 from toolkit.data.spans import cut
-from toolkit.recipe import Data, FolderSource, HubSource, StdlibSource, source_name
+from toolkit.recipe.sources import source_name
+from toolkit.recipe.texts import FolderTexts, HubTexts, PassagesData, StdlibTexts, TextsData
 
 
-def passage_texts(data: Data, counts: Counter[str], skipped: Skipped | None) -> Iterator[tuple[str, int]]:
+def passage_texts(data: PassagesData, counts: Counter[str], skipped: Skipped | None) -> Iterator[tuple[str, int]]:
     """(passage, number of its document) of all sources; the numbers rise by one.
 
     Raises:
@@ -40,10 +40,10 @@ def passage_texts(data: Data, counts: Counter[str], skipped: Skipped | None) -> 
                 yield passage, document
 
 
-def document_texts(data: Data, counts: Counter[str], skipped: Skipped | None) -> Iterator[str]:
+def document_texts(data: TextsData, counts: Counter[str], skipped: Skipped | None) -> Iterator[str]:
     """The documents of all sources that hold text, one after another."""
     for source in data.sources:
-        if isinstance(source, StdlibSource):
+        if isinstance(source, StdlibTexts):
             for _, text in stdlib_corpus.training_files():
                 counts["rows"] += 1
                 if text.strip():
@@ -55,16 +55,16 @@ def document_texts(data: Data, counts: Counter[str], skipped: Skipped | None) ->
                 yield record.texts[0]
 
 
-def of_groups(source: HubSource | FolderSource | StdlibSource) -> bool:
+def of_groups(source: HubTexts | FolderTexts | StdlibTexts) -> bool:
     """Whether the rows of a source are groups of passages."""
-    return not isinstance(source, StdlibSource) and source.format == "groups"
+    return not isinstance(source, StdlibTexts) and source.format == "groups"
 
 
 def _records(
-    source: Any, counts: Counter[str], skipped: Skipped | None
+    source: HubTexts | FolderTexts | StdlibTexts, counts: Counter[str], skipped: Skipped | None
 ) -> Iterator[tuple[list[str], bool, str | None]]:
     """(texts, whether to cut them, the document's name) of each row of a source."""
-    if isinstance(source, StdlibSource):
+    if isinstance(source, StdlibTexts):
         for _, text in stdlib_corpus.training_files():
             counts["rows"] += 1
             yield [text], True, None
@@ -73,6 +73,6 @@ def _records(
             yield record.texts, source.format == "documents", record.document
 
 
-def _cut(text: str, data: Data) -> list[str]:
+def _cut(text: str, data: PassagesData) -> list[str]:
     assert data.passages is not None  # of documents
     return cut(text, data.passages.unit, data.passages.max_words)

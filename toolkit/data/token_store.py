@@ -1,6 +1,6 @@
 """Rows of integers on disk, token ids above all: one flat file of ids and one of offsets, memory-mapped when read.
 
-Called by the stores of pairs and of crops.
+Called by the stores of pairs and of documents.
 """
 
 from array import array

@@ -29,7 +29,7 @@ def tokenize(
         prefix: put before each text.
         max_tokens: longest result, special ids included.
         append_eos: as in `frame`.
-        half: keep the first int(0.5 * n) of the n ids before the end token (Revela's query side).
+        half: keep the first int(0.5 * n) of the n ids before the end token.
 
     Raises:
         ValueError: if max_tokens leaves no room beside the special ids.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from toolkit.recipe import BuildTokenizer
+from toolkit.recipe.models import BuildTokenizer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # Pieces of source code: acronyms, capitalised or lower-case words, other letters, up to 3 digits, underscores, other

@@ -234,7 +234,7 @@ def relevance_weights(
 ) -> Tensor:
     """Weights of a query's positives by their relevance, each row's sum being 1: [B, K], detached.
 
-    ReContriever (Lei et al. 2023) weights the K views of a document `linear`ly, s / sum s: a negative score then has a
+    Lei et al. (2306.03166) weight the K views of a document `linear`ly, s / sum s: a negative score then has a
     negative weight and its siblings grow, and nothing guards a sum near 0. `softmax` is of s / temperature, `none` 1/K.
 
     Args:

@@ -1,0 +1,1 @@
+"""Backbones, pooling and adapters: plain modules that know no method and no rank."""

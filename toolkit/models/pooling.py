@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+POOLING_MODES = {"eos": "lasttoken", "mean": "mean", "cls": "cls"}  # our names and those of sentence-transformers
+
 
 def pool(states: Tensor, attention_mask: Tensor, how: str) -> Tensor:
     """[rows, length, dim] and a right-padded mask [rows, length] -> [rows, dim] in fp32 (fp64 for fp64 states).

@@ -5,7 +5,8 @@ Called by the training loop and by --dry-run. Every key that decides a result, m
 
 from typing import Any
 
-from toolkit.recipe import NvmeOffload, Offload, Stage, batch_numbers
+from toolkit.recipe.stage import Stage, batch_numbers
+from toolkit.recipe.training import NvmeOffload, Offload
 
 # Above every adapter matrix of a 7B model at rank 256 (256 x 14,336), below its projections: at ZeRO-3 each adapter
 # matrix would otherwise be a fetch of its own.

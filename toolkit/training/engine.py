@@ -6,7 +6,6 @@ Called by the loop. Every function is collective: all ranks call it.
 import gc
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,34 +16,40 @@ from torch import Tensor, nn
 from toolkit.collectives import rank, world_size
 from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
 from toolkit.determinism import seed_step
-from toolkit.objectives import Loss, Objective, build_objective
-from toolkit.recipe import EncoderSettings, Stage
+from toolkit.methods import method_of
+from toolkit.methods.method import Models
+from toolkit.methods.objective import Loss, Objective
+from toolkit.recipe.models import EncoderSettings
+from toolkit.recipe.stage import Stage
 from toolkit.training.deepspeed_config import ds_config
 from toolkit.training.metrics import reduce_losses
 from toolkit.training.numbers import check_gradients
 from toolkit.training.schedule import learning_rate
 
 
+def build_objective(stage: Stage[Any, Any], seed: int, device: torch.device, models: Models) -> Objective:
+    """The objective of a stage with its models loaded, as its method builds it."""
+    return method_of(stage.objective.name).build(stage, seed, device, models)
+
+
 def build_engine(
     stage: Stage,
     seed: int,
     device: torch.device,
-    folder: Path,
-    adapter: Path | None,
-    lm_folder: Path | None,
+    models: Models,
     **changes: Any,
 ) -> Any:
     """The DeepSpeed engine around the stage's objective.
 
     Args:
-        folder, adapter, lm_folder: as in build_objective.
+        models: the stage's, on disk.
         changes: keys of `zero_optimization` to replace (tests make buckets small enough to matter).
 
     Raises:
         ValueError: if the models and the recipe do not fit, e.g. LoRA targets that match no module.
         RecipeError: for full fine-tuning of a multi-billion model in slices.
     """
-    objective = build_objective(stage, seed, device, folder, adapter, lm_folder)
+    objective = build_objective(stage, seed, device, models)
     trainable = [p for p in objective.parameters() if p.requires_grad]
     check_gradients(stage, sum(p.numel() for p in trainable))
     config = ds_config(stage, world_size())

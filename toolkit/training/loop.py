@@ -19,36 +19,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from toolkit.checkpoint.model_digests import model_digests, tokenizer_digests
+from toolkit.checkpoint.states import RunState, load_newest, save_checkpoint
 from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.data.stream import StepData, Stream
-from toolkit.export import write_export
-from toolkit.export_check import check_export
+from toolkit.export.check import check_export
+from toolkit.export.write import write_export
 from toolkit.files import sync
-from toolkit.last_words import Interrupted, steps
-from toolkit.model_digests import model_digests, tokenizer_digests
+from toolkit.methods import method_of
+from toolkit.methods.costs import Costs
+from toolkit.methods.method import Feed, Models, StageRun
+from toolkit.methods.objective import Objective
 from toolkit.models.backbone import DTYPES
 from toolkit.models.vocabulary import model_tokenizer
-from toolkit.objectives import Objective
-from toolkit.objectives.language_model import LanguageModel
-from toolkit.prepare import ModelSource, resolve_model
-from toolkit.prepare_build import build_start
-from toolkit.recipe import (
-    BuildStart,
-    LanguageModelObjective,
-    Recipe,
-    RecipeError,
-    RevelaObjective,
-    Stage,
-    source_name,
-)
-from toolkit.training.checkpoint import RunState, load_newest, save_checkpoint
-from toolkit.training.costs import Costs, training_costs
+from toolkit.ranks.fingerprint import Fingerprints
+from toolkit.ranks.last_words import Interrupted, steps
+from toolkit.ranks.watch import COMPARING, COMPUTING, LOGGING, WAITING, Watch
+from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.schema import Recipe
+from toolkit.recipe.sources import source_name
+from toolkit.recipe.stage import Stage
 from toolkit.training.engine import build_engine, gather_trainable, live_vectors, release, train_step
-from toolkit.training.feed import Feed, open_feed, stage_folder
-from toolkit.training.fingerprint import Fingerprints
+from toolkit.training.feed import find_models, open_feed, stage_run
 from toolkit.training.metrics import Log, cut_after, peak_memory_gib
 from toolkit.training.numbers import derived, render
-from toolkit.watch import COMPARING, COMPUTING, LOGGING, WAITING, Watch
 
 NOT_FINITE = "not_finite.jsonl"  # the rows of steps that changed nothing
 
@@ -66,29 +60,15 @@ class StageResult(NamedTuple):
     check: dict[str, float]
 
 
-class Sources(NamedTuple):
-    """Where a stage's models come from."""
+class Training(NamedTuple):
+    """A stage under way: what it is, what it reads, and what it computes with."""
 
-    retriever: ModelSource
-    language_model: ModelSource | None
-
-
-def stage_sources(recipe: Recipe, index: int, run: Path) -> Sources:
-    """Local folders of a stage's models; built, downloaded or the export of the stage before."""
-    stage = recipe.stages[index]
-    previous = stage_folder(run, recipe, index - 1) if index else None
-    built = None
-    if isinstance(stage.start, BuildStart):
-        built = build_start(stage.start.build, stage.data, recipe.seed, run)
-    retriever = resolve_model(stage.start, previous=previous, previous_kind=_kind(stage), built=built)
-    if not isinstance(stage.objective, RevelaObjective):
-        return Sources(retriever, None)
-    lm_start = stage.objective.language_model.start
-    return Sources(retriever, resolve_model(lm_start, previous=previous, previous_kind="lm", built=None))
-
-
-def _kind(stage: Stage) -> Any:
-    return "lm" if isinstance(stage.objective, LanguageModelObjective) else "encoder"
+    run: StageRun
+    models: Models
+    tokenizer: Any  # the retriever's
+    feed: Feed
+    engine: Any
+    costs: Costs
 
 
 def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device, watch: Watch) -> StageResult:
@@ -99,58 +79,58 @@ def train_stage(recipe: Recipe, index: int, run: Path, device: torch.device, wat
         Interrupted: after SIGTERM or SIGUSR1 to any rank, once the step is saved.
         Diverged: if the ranks no longer do the same.
     """
-    stage, folder = recipe.stages[index], stage_folder(run, recipe, index)
-    sources = stage_sources(recipe, index, run)
-    base, adapter = sources.retriever.folder, sources.retriever.adapter
-    tokenizer = model_tokenizer(base)
-    feed = open_feed(recipe, index, run, tokenizer, sources.retriever, sources.language_model, device)
-    engine = build_engine(
-        stage, recipe.seed, device, base, adapter, sources.language_model and sources.language_model.folder
+    stage = recipe.stages[index]
+    here = stage_run(recipe, index, run, device)
+    models = find_models(here)
+    tokenizer = model_tokenizer(models.retriever.folder)
+    feed = open_feed(here, models, tokenizer)
+    engine = build_engine(stage, recipe.seed, device, models)
+    costs = method_of(stage.objective.name).costs(stage, engine.module)
+    training = Training(here, models, tokenizer, feed, engine, costs)
+    state = _resume(training, recipe.digest(index))
+    _announce(training, state)
+    first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
+    with _stream(training, state) as stream:
+        state = _run_steps(training, stream, state, first_step, watch)
+    watch.leave_steps()
+    check = _export(training, _facts(recipe, training, state))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU process"
+    return StageResult(
+        here.folder / "export", state.step, state.tokens, feed.size, world_size(), name, costs.rule, check
     )
-    models = [source for source in sources if source is not None]
+
+
+def _resume(training: Training, recipe_digest: str) -> RunState:
+    """The state of the newest checkpoint, which the engine takes up; else that of a beginning."""
+    models = [training.models.retriever, *training.models.others.values()]
     digests = tokenizer_digests(models), model_digests(models)
-    fresh = RunState(0, 0, 0, recipe.digest(index), feed.digest, *digests)
-    on_rank_zero(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
-    state = load_newest(engine, folder / "checkpoints", fresh)
-    on_rank_zero(lambda: cut_after(folder / NOT_FINITE, stage.name, state.step))
-    _announce(stage, engine, feed, state)
-    costs = training_costs(stage, engine.module)
-    with Stream(
-        feed.plan,
-        feed.collate,
+    fresh = RunState(0, 0, 0, recipe_digest, training.feed.digest, *digests)
+    checkpoints, stage = training.run.folder / "checkpoints", training.run.stage
+    on_rank_zero(lambda: checkpoints.mkdir(parents=True, exist_ok=True))
+    state = load_newest(training.engine, checkpoints, fresh)
+    on_rank_zero(lambda: cut_after(training.run.folder / NOT_FINITE, stage.name, state.step))
+    return state
+
+
+def _stream(training: Training, state: RunState) -> Stream:
+    """The batches of this rank from the step after `state` on."""
+    stage = training.run.stage
+    return Stream(
+        training.feed.plan,
+        training.feed.collate,
         pools_per_step=stage.batch.pools_per_step,
         start_step=state.step,
         num_steps=stage.optim.steps,
         span=stage.batch.span,
         rank=rank(),
         world_size=world_size(),
-    ) as stream:
-        state = _run_steps(engine, stream, recipe, index, run, state, costs, device, watch)
-    watch.leave_steps()
-    live = live_vectors(engine.module, tokenizer, stage.encoder_settings, feed.examples, device)
-    weights = gather_trainable(engine.module, stage.zero.stage)
-    objective = release(engine)  # what is left gives the export its structure; the reloaded model needs the memory
-    check = on_rank_zero(
-        lambda: _export(recipe, index, run, objective, weights, sources, tokenizer, feed, state, live, device)
     )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU process"
-    return StageResult(folder / "export", state.step, state.tokens, feed.size, world_size(), name, costs.rule, check)
 
 
-def _run_steps(
-    engine: Any,
-    stream: Stream,
-    recipe: Recipe,
-    index: int,
-    run: Path,
-    state: RunState,
-    costs: Costs,
-    device: torch.device,
-    watch: Watch,
-) -> RunState:
-    stage = recipe.stages[index]
-    first_step = sum(earlier.optim.steps for earlier in recipe.stages[:index])
-    folder = stage_folder(run, recipe, index)
+def _run_steps(training: Training, stream: Stream, state: RunState, first_step: int, watch: Watch) -> RunState:
+    """All optimizer steps after `state`; `first_step`: steps of the stages before, where this one's curves begin."""
+    stage, folder, device = training.run.stage, training.run.folder, torch.device(training.run.device)
+    engine = training.engine
     watch.at(state.step, COMPARING, stage.guard.stall_minutes)
     fingerprints = Fingerprints(watch.hosts, stage.guard.compare_weights_every, stage.zero.stage)
     saved, minutes = state.step, 0.0  # the first step may compile
@@ -160,7 +140,7 @@ def _run_steps(
     began = time.perf_counter()
     with (
         steps() as asked_to_stop,
-        Log(run, stage.name, first_step, state.step) if rank() == 0 else nullcontext() as log,
+        Log(training.run.run, stage.name, first_step, state.step) if rank() == 0 else nullcontext() as log,
         tqdm(
             total=stage.optim.steps,
             initial=state.step,
@@ -189,7 +169,7 @@ def _run_steps(
                     f"step {state.step}; the same command goes on from there"
                 )
             watch.at(data.step + 1, COMPUTING, minutes)
-            values = train_step(engine, stage, data.batches, data.step, recipe.seed, waited, device)
+            values = train_step(engine, stage, data.batches, data.step, training.run.seed, waited, device)
             watch.at(data.step + 1, LOGGING, minutes)
             spent = time.perf_counter() - began
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -205,7 +185,7 @@ def _run_steps(
                     "data_wait": values["data_wait"] / spent,
                     "peak_memory_gib": peak_memory_gib(device),
                     "device_s": spent * world_size(),
-                    "flops": sum(values[f"tokens_{side}"] * rate for side, rate in costs.per_token.items()),
+                    "flops": sum(values[f"tokens_{side}"] * rate for side, rate in training.costs.per_token.items()),
                     "skipped_steps": state.skipped,
                 }
                 log.write(state.step, values | {"rows": data.digest})
@@ -244,49 +224,58 @@ def _not_finite(stage: Stage, folder: Path, data: StepData, values: dict[str, fl
         )
 
 
-def _export(
-    recipe: Recipe,
-    index: int,
-    run: Path,
+def _export(training: Training, facts: dict[str, Any]) -> dict[str, float]:
+    """Write export/ on rank 0, after which the engine is gone, and check that a fresh process gets the live vectors.
+
+    Args:
+        facts: of the training, for the model card.
+    """
+    stage, examples = training.run.stage, training.feed.examples
+    device = torch.device(training.run.device)
+    live = live_vectors(training.engine.module, training.tokenizer, stage.encoder_settings, examples, device)
+    weights = gather_trainable(training.engine.module, stage.zero.stage)
+    objective = release(training.engine)  # what is left gives the export its structure; the reloaded model needs memory
+    return on_rank_zero(lambda: _write(training, objective, weights, live, facts))
+
+
+def _write(
+    training: Training,
     objective: Objective,
     weights: dict[str, Tensor],
-    sources: Sources,
-    tokenizer: Any,
-    feed: Feed,
-    state: RunState,
     live: dict[str, np.ndarray],
-    device: torch.device,
+    facts: dict[str, Any],
 ) -> dict[str, float]:
-    """Write export/ and check that a fresh process gets the live vectors from it."""
-    stage, folder = recipe.stages[index], stage_folder(run, recipe, index) / "export"
-    causal_lm = objective.causal_lm if isinstance(objective, LanguageModel) else None
+    stage, folder, exported = training.run.stage, training.run.folder / "export", objective.exported()
+    of_lm = exported.causal_lm and (exported.causal_lm[1], _below(weights, exported.causal_lm[0]))
     write_export(
         folder,
         backbone=objective.encoder.backbone,
-        state=_below(weights, "causal_lm.model." if causal_lm else "encoder.backbone."),
-        language_model=(causal_lm, _below(weights, "causal_lm.")) if causal_lm else None,
+        state=_below(weights, exported.retriever),
+        causal_lm=of_lm,
         settings=stage.encoder_settings,
-        tokenizer=tokenizer,
-        base=sources.retriever,
+        tokenizer=training.tokenizer,
+        base=training.models.retriever,
         dtype=DTYPES[stage.precision],
         merged=stage.export.merged,
-        card=_card(recipe, stage, feed, state),
+        card=facts,
     )
     try:
-        return check_export(folder, feed.examples, live, device.type)
+        return check_export(folder, training.feed.examples, live, torch.device(training.run.device).type)
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: {error}") from None
 
 
-def _card(recipe: Recipe, stage: Stage, feed: Feed, state: RunState) -> dict[str, Any]:
+def _facts(recipe: Recipe, training: Training, state: RunState) -> dict[str, Any]:
     """What the model card says of the training."""
+    stage = training.run.stage
     return {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest(),
         "stage": stage.name,
         "method": stage.objective.name,
+        "method_card": method_of(stage.objective.name).card,
         "data": ", ".join(source_name(source) for source in stage.data.sources),
-        "data_digest": feed.digest,
+        "data_digest": training.feed.digest,
         "steps": state.step,
         "rows_seen": state.step * stage.batch.pool * stage.batch.pools_per_step,
         "tokens_seen": state.tokens,
@@ -307,10 +296,11 @@ def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def _announce(stage: Stage, engine: Any, feed: Feed, state: RunState) -> None:
+def _announce(training: Training, state: RunState) -> None:
     if rank() != 0:
         return
-    parameters = list(engine.module.parameters())
+    stage, feed = training.run.stage, training.feed
+    parameters = list(training.engine.module.parameters())
     sizes = [p.ds_numel if stage.zero.stage == 3 else p.numel() for p in parameters]
     trainable = sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad)
     pools = stage.optim.steps * stage.batch.pools_per_step

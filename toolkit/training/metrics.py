@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from toolkit.collectives import sum_over_ranks, world_size
 from toolkit.files import replace_text
-from toolkit.objectives import Loss
+from toolkit.methods.objective import Loss
 
 
 def reduce_losses(

@@ -2,7 +2,7 @@
 
 import math
 
-from toolkit.recipe import Optim
+from toolkit.recipe.training import Optim
 
 
 def learning_rate(optim: Optim, step: int) -> float:

@@ -1,0 +1,108 @@
+"""Proof that an export is the model that was trained: a fresh process loads it and its vectors are compared.
+
+Called by training after write_export (check_export); `python -m toolkit.export.check REQUEST` is the fresh process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from toolkit.export.write import read_record, write_record
+
+COSINE_LIMITS = {"bf16": 1e-3, "fp32": 1e-5, "fp64": 1e-5}
+NORM_LIMITS = {"bf16": 1e-2, "fp32": 1e-5, "fp64": 1e-5}  # relative; without normalisation only
+LAUNCH_PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "SLURM_")
+LAUNCH_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def check_export(folder: Path, texts: list[str], live: dict[str, np.ndarray], device: str) -> dict[str, float]:
+    """Compare a fresh process's vectors from an export with the live model's, and write the figures to export.json.
+
+    Args:
+        folder: the export; its merged/ folder, if there is one, is checked too.
+        texts: encoded both as queries and as passages.
+        live: "query" and "passage" -> [texts, dim], from the model that was exported.
+        device: where the fresh process computes.
+
+    Returns:
+        Largest cosine distance per kind ("query", "passage", "merged_query", "merged_passage"), and the largest
+        relative difference of the norms ("query_norm", ...) when vectors are not normalised.
+
+    Raises:
+        ValueError: if a figure is above its limit, or the fresh process fails.
+    """
+    record = read_record(folder)
+    folders = [folder] + [path for path in [folder / "merged"] if path.is_dir()]
+    figures: dict[str, float] = {}
+    for prefix, loaded in zip(("", "merged_"), encode_in_fresh_process(folders, texts, device), strict=False):
+        for kind, vectors in live.items():
+            distance, norm = compare(vectors, loaded[kind])
+            figures[prefix + kind] = distance
+            if not record["settings"]["normalize"]:
+                figures[f"{prefix}{kind}_norm"] = norm
+    limits = {name: (NORM_LIMITS if name.endswith("_norm") else COSINE_LIMITS)[record["dtype"]] for name in figures}
+    write_record(folder, record | {"check": {"texts": len(texts), "figures": figures, "limits": limits}})
+    for name, figure in figures.items():
+        if not figure <= limits[name]:  # also true for nan
+            raise ValueError(
+                f"{folder}: the export is not the trained model: {name} differs by {figure:.3g}, "
+                f"allowed is {limits[name]:g}"
+            )
+    return figures
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Largest cosine distance and largest relative difference of the norms over rows of [rows, dim]."""
+    if a.shape != b.shape:
+        raise ValueError(f"the export's vectors have shape {b.shape}, the live model's {a.shape}")
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(1) / (norm_a * norm_b)
+    return float((1 - cosine).max().clip(min=0)), float(np.abs(norm_b / norm_a - 1).max())
+
+
+def encode_in_fresh_process(folders: list[Path], texts: list[str], device: str) -> list[dict[str, np.ndarray]]:
+    """Vectors of the texts as "query" and "passage" from each folder, by sentence-transformers in one new process."""
+    launched = {name for name in os.environ if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES)}
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    with tempfile.TemporaryDirectory() as scratch:
+        request, answer = Path(scratch, "request.json"), Path(scratch, "vectors.safetensors")
+        content = {"folders": [str(path) for path in folders], "texts": texts, "device": device, "answer": str(answer)}
+        request.write_text(json.dumps(content), encoding="utf-8")
+        process = subprocess.run(
+            [sys.executable, "-m", "toolkit.export.check", str(request)],
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode != 0:
+            last = "\n".join(process.stderr.strip().splitlines()[-5:])
+            raise ValueError(f"{folders[0]}: a fresh process cannot load the export:\n{last}")
+        arrays = load_file(answer)
+    return [{kind: arrays[f"{i}.{kind}"] for kind in ("query", "passage")} for i in range(len(folders))]
+
+
+def _answer(request: dict[str, Any]) -> None:
+    # imported here: it takes seconds, and only the fresh process needs it
+    from sentence_transformers import SentenceTransformer
+
+    arrays = {}
+    for i, folder in enumerate(request["folders"]):
+        model = SentenceTransformer(
+            folder, device=request["device"], local_files_only=True, model_kwargs={"use_safetensors": True}
+        )
+        arrays[f"{i}.query"] = model.encode_query(request["texts"], batch_size=8, show_progress_bar=False)
+        arrays[f"{i}.passage"] = model.encode_document(request["texts"], batch_size=8, show_progress_bar=False)
+    save_file(arrays, request["answer"])
+
+
+if __name__ == "__main__":
+    _answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+"""The contrastive method: InfoNCE over pairs with hard negatives."""

@@ -1,0 +1,1 @@
+"""The language_model method: next-token prediction with all parameters."""

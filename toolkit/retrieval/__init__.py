@@ -1,0 +1,1 @@
+"""Texts -> vectors -> neighbours: encoding, exact search, BM25, any retriever, and hard negatives that they find."""
