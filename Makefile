@@ -8,8 +8,9 @@ EXTRA ?= cpu
 RANKS ?= 2
 
 VENV = . .venv/bin/activate &&
+# Three at once even on two cores: tests of several processes wait much of their time.
 PYTEST = $(VENV) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest
-SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-main test-all lint recipes
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 PACKAGES = ("toolkit", "eval", "launcher")
-LIBRARIES = (  # what those import inside functions, or libraries when a model is made
-    "deepspeed", "faiss", "matplotlib.pyplot", "mteb", "peft", "peft.tuners.lora", "sentence_transformers",
+LIBRARIES = (  # what those import inside functions, or libraries when a model or an engine is made
+    "deepspeed", "deepspeed.module_inject", "deepspeed.runtime.zero.muon.muon_optimizer", "faiss",
+    "matplotlib.pyplot", "mteb", "peft", "peft.tuners.lora", "sentence_transformers", "torch.profiler",
     "torch.utils.cpp_extension", "torch.utils.tensorboard", "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",
 )  # fmt: skip

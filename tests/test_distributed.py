@@ -44,6 +44,7 @@ def test_a_rank_that_fails_ends_the_other_and_harms_no_later_run(fails: int, tmp
     assert run_on_ranks("unclean.py", 2, CLEAN, tmp_path)[0]["patched"] is False
 
 
+@pytest.mark.full
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     run_on_ranks("unclean.py", 1, CLEAN, tmp_path)  # the imports are done
     (tmp_path / "request.json").write_text(json.dumps(CLEAN | {"fails": 7, "stays": True}))
@@ -53,6 +54,7 @@ def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     assert run_on_ranks("unclean.py", 1, CLEAN, tmp_path)[0]["joined"] is False
 
 
+@pytest.mark.full
 def test_the_pool_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
     """Killed while a rank runs: neither the rank nor its parent stays."""
     (tmp_path / "request.json").write_text(json.dumps(CLEAN | {"fails": 7, "stays": True}))

@@ -52,7 +52,8 @@ CASES |= {
     for zero in ("bf16 0", "bf16 1", "fp32 0", "fp32 3")
 }
 # In make test-all only: their ZeRO stage, precision and adapter are each in others, and their pairs but for dropout.
-REST = ["bf16 0 lora", "bf16 2 lora", "fp32 0 lora", "bf16 0 full, saved before any step"]
+REST = ["bf16 0 lora", "bf16 2 lora", "fp32 0 lora", "fp32 2 lora"]
+REST += [f"{zero} full, saved before any step" for zero in ("bf16 0", "bf16 1", "fp32 0")]
 COVER = [name for name in CASES if name not in REST]
 CONTROLS = {
     "forget_optimizer": case_of(OF_THE_PAPER | MODELS["lora"], "a", "forget_optimizer"),

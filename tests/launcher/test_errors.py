@@ -61,7 +61,10 @@ def test_under_deepspeed_a_typo_is_one_line_of_one_rank() -> None:
     assert not any("Traceback" in line or line.startswith("rank ") for line in said), said
 
 
-@pytest.mark.parametrize(("ranks", "failing", "speaker"), [(2, "0 1", ""), (3, "1 2", "rank [12]: ")])
+@pytest.mark.parametrize(
+    ("ranks", "failing", "speaker"),
+    [(2, "0 1", ""), pytest.param(3, "1 2", "rank [12]: ", marks=pytest.mark.full)],
+)
 def test_an_error_is_told_once_by_whoever_has_it(ranks, failing, speaker, tmp_path) -> None:
     """Of all ranks: by rank 0; of others while rank 0 waits for them: by one of those."""
     path = tmp_path / "recipe.json"

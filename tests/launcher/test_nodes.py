@@ -104,6 +104,7 @@ def test_mpirun_trains_the_same(resumed: Path, nodes: Nodes, recipe: Path) -> No
     assert scores[0] == scores[1]
 
 
+@pytest.mark.full
 def test_a_run_through_mpirun_ends_when_a_node_dies_and_resumes(nodes: Nodes, recipe: Path) -> None:
     require("mpirun")
     run = nodes.folder / "mpi_killed"

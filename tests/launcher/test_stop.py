@@ -175,6 +175,7 @@ def test_a_stage_that_is_no_worse_lets_the_run_go_on(worse, tmp_path: Path, monk
     assert (tmp_path / "run" / "stage_1_again" / "done.json").is_file()
 
 
+@pytest.mark.full
 def test_under_deepspeed_the_line_is_said_once_and_the_code_comes_through(worse, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(worse))
     output = ["--output", str(tmp_path / "run")]

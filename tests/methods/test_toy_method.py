@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from beir import write_beir
-from distributed import REPOSITORY, WORKERS, launch
+from distributed import REPOSITORY, WORKERS, pooled
 from in_process import start
 from recipe_changes import problems
 from safetensors.torch import load_file
@@ -197,7 +197,7 @@ def trained(toy: Toy) -> tuple[Path, str]:
     """The run folder of a run on two ranks, and what it printed."""
     path, run = toy.folder / "ranks.json", toy.folder / "run"
     path.write_text(json.dumps(toy.recipe))
-    done = launch(WORKERS / "toy_method.py", 2, str(path), "--output", str(run), METHODS=str(toy.folder))
+    done = pooled(WORKERS / "toy_method.py", 2, str(path), "--output", str(run), METHODS=str(toy.folder))
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return run, done.stdout
 
