@@ -1,0 +1,45 @@
+"""What is asked of a language model and what it answers, whichever engine carries it."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+
+class Request(NamedTuple):
+    """One chat of a system text and a user text."""
+
+    name: str  # unique in a run
+    system: str
+    user: str
+    schema: dict[str, Any] | None  # JSON schema of the answer, for engines that can hold a model to it; None: free text
+    seed: int  # of the sampling, for engines that take one
+
+
+class Sampling(NamedTuple):
+    """How every answer is drawn."""
+
+    max_tokens: int  # of an answer
+    temperature: float
+    top_p: float
+
+
+class Answer(NamedTuple):
+    """What came back for a request."""
+
+    name: str  # of the request
+    text: str
+    cut: bool  # it ended at max_tokens
+    prompt_tokens: int
+    tokens: int  # of the answer
+    failed: str = ""  # why there is none, in one line: this request alone is at fault (too long, refused); else ""
+
+
+class Engine(Protocol):
+    """Whatever answers chats. A fault of the engine itself (not reachable, unknown model, no key) is a RecipeError."""
+
+    def describe(self) -> dict[str, Any]:
+        """What generated.json keeps: the engine, the model asked for, and what it says it is."""
+        ...
+
+    def answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Answers as they come, in any order, each once; requests are drawn as there is room for them."""
+        ...
