@@ -1,4 +1,10 @@
-"""What is asked of a language model and what it answers, whichever engine carries it."""
+"""What is asked of a language model and what it answers, whichever engine carries it.
+
+Whoever asks draws requests, takes answers as they come and keeps each before it takes the next: an engine may be killed
+at any moment. With several ranks (`toolkit.generate.local_model` alone) every rank lists the same requests, takes those
+that `share_of_rank` gives it, and keeps their answers in a file of its own; the files are put together before the next
+start, on any number of ranks. An engine needs no other rank while it answers, so none waits for another.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -8,7 +14,7 @@ class Request(NamedTuple):
     """One chat of a system text and a user text."""
 
     name: str  # unique in a run
-    system: str
+    system: str  # may be empty
     user: str
     schema: dict[str, Any] | None  # JSON schema of the answer, for engines that can hold a model to it; None: free text
     seed: int  # of the sampling, for engines that take one
@@ -18,7 +24,7 @@ class Sampling(NamedTuple):
     """How every answer is drawn."""
 
     max_tokens: int  # of an answer
-    temperature: float
+    temperature: float  # 0: the likeliest token each time
     top_p: float
 
 
@@ -37,9 +43,15 @@ class Engine(Protocol):
     """Whatever answers chats. A fault of the engine itself (not reachable, unknown model, no key) is a RecipeError."""
 
     def describe(self) -> dict[str, Any]:
-        """What generated.json keeps: the engine, the model asked for, and what it says it is."""
+        """What generated.json keeps: the engine, the model asked for, and what it says it is.
+
+        Always with the keys "engine" and "model"; after the answers it may say more than before.
+        """
         ...
 
     def answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers as they come, in any order, each once; requests are drawn as there is room for them."""
+        """Answers as they come, in any order, each once; requests are drawn as there is room for them.
+
+        All requests are answered, but for those that batch files leave to the next start.
+        """
         ...
