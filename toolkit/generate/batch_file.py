@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,11 @@ from toolkit.recipe.errors import RecipeError, one_line
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
 """Of one file, at OpenAI; vllm run-batch takes any number."""
-_REQUESTS = "requests_"
 _URL = "/v1/chat/completions"
 
 
 def batch_engine(
-    folder: str | Path,
+    path: str | Path,
     model: str,
     sampling: Sampling,
     *,
@@ -34,24 +34,41 @@ def batch_engine(
 ) -> Engine:
     """The engine whose answers come from the files of a folder, and whose other requests go into files there.
 
-    The files of requests are requests_00001.jsonl and so on; every other *.jsonl of the folder holds answers. A file of
-    requests waits until one of them is answered; what is then missing of it is written again, into a new file.
+    In a folder the files of requests are requests_00001.jsonl and so on, and every other *.jsonl holds answers. For the
+    path of a file NAME.jsonl they are NAME_requests_00001.jsonl and the other NAME_*.jsonl beside it. A file of requests
+    waits until one of them is answered; what is then missing of it is written again, into a new file.
 
     Args:
-        folder: is made. A path to a *.jsonl file stands for the folder that it is in.
+        path: a folder, which is made, or the path of a file that ends in .jsonl, which is not.
         per_file: requests of one file, MOST_REQUESTS at most.
         form: how a model is held to JSON, one of toolkit.generate.chat.FORMS.
 
     Raises:
         RecipeError: for another number, or a file in place of the folder.
     """
-    place = expanded(folder)
-    place = place.parent if place.suffix == ".jsonl" else place
+    place = expanded(path)
+    folder, stem = (place.parent, f"{place.stem}_") if place.suffix == ".jsonl" else (place, "")
     if not 1 <= per_file <= MOST_REQUESTS:
         raise RecipeError(f"{place}: {per_file:,} requests a file; write 1 to {MOST_REQUESTS:,}")
-    if place.exists() and not place.is_dir():
-        raise RecipeError(f"{place}: is a file; name a folder, or a file that ends in .jsonl")
-    return _Batches(place, model, sampling, per_file, form, say)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder}: is a file; name a folder, or a file that ends in .jsonl")
+    return _Batches(_Files(folder, stem), model, sampling, per_file, form, say)
+
+
+class _Files(NamedTuple):
+    """Where the files are: of requests, and of answers."""
+
+    folder: Path
+    stem: str  # with which all their names begin; may be empty
+
+    def requests(self, number: int) -> Path:
+        return self.folder / f"{self.stem}requests_{number:05d}.jsonl"
+
+    def of_requests(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{escape(self.stem)}requests_[0-9]*.jsonl"))
+
+    def of_answers(self) -> list[Path]:
+        return sorted({*self.folder.glob(f"{escape(self.stem)}*.jsonl")} - {*self.of_requests()})
 
 
 class _Written(NamedTuple):
@@ -70,9 +87,9 @@ class _Found(NamedTuple):
 
 class _Batches:
     def __init__(
-        self, folder: Path, model: str, sampling: Sampling, per_file: int, form: str, say: Callable[[str], None]
+        self, files: _Files, model: str, sampling: Sampling, per_file: int, form: str, say: Callable[[str], None]
     ) -> None:
-        self._folder, self._model, self._sampling = folder, model, sampling
+        self._files, self._folder, self._model, self._sampling = files, files.folder, model, sampling
         self._per_file, self._form, self._say = per_file, form, say
         self._names: set[str] = set()  # that the answers give for the model
 
@@ -97,7 +114,7 @@ class _Batches:
                 f"{first.path}: not one of {len(found):,} requests is answered; the first: {reason}; {fix}"
             )
         read, missing, waiting = 0, 0, set[str]()
-        writer = _Writer(self._folder, self._per_file)
+        writer = _Writer(self._files, self._per_file)
         for request in requests:
             body = chat_body(request, self._model, self._sampling, self._form)
             before = written.get(request.name)
@@ -131,10 +148,10 @@ class _Batches:
 
     def _written(self) -> dict[str, _Written]:
         """What the files of requests hold, by name; a file that was being written at a kill goes."""
-        for leftover in self._folder.glob(f".{_REQUESTS}*.writing"):
+        for leftover in self._folder.glob(f".{escape(self._files.stem)}requests_*.writing"):
             leftover.unlink()
         known: dict[str, _Written] = {}
-        for path in sorted(self._folder.glob(f"{_REQUESTS}*.jsonl")):
+        for path in self._files.of_requests():
             for _, line in _lines(path):
                 try:
                     name, body = line["custom_id"], line["body"]
@@ -151,9 +168,7 @@ class _Batches:
         unknown: list[str] = []
         lines = Counter[str]()
         doubled = again = 0
-        for path in sorted(self._folder.glob("*.jsonl")):
-            if path.name.startswith(_REQUESTS):
-                continue
+        for path in self._files.of_answers():
             for offset, line in _lines(path):
                 name = line.get("custom_id")
                 if not isinstance(name, str) or name not in written:
@@ -191,22 +206,21 @@ class _Batches:
             parts.append(f"{writer.count:,} requests written to {', '.join(writer.files[:3])}{again}")
         self._say(f"{self._folder}: {'; '.join(parts)}")
         if files := writer.files or waiting:
-            number = files[0].removeprefix(_REQUESTS)
+            answers = files[0].replace("requests_", "answers_")
             self._say(
-                f"next, for each file: vllm run-batch -i {self._folder / files[0]} -o {self._folder}/answers_{number} "
-                f"--model {self._model}; then give the same command again"
+                f"next, for each file: vllm run-batch -i {self._folder / files[0]} -o {self._folder / answers} --model "
+                f"{self._model}; then give the same command again"
             )
 
 
 class _Writer:
     """Files of requests that are there whole or not at all; none is made before the first request."""
 
-    def __init__(self, folder: Path, per_file: int) -> None:
-        self._folder, self._per_file = folder, per_file
-        numbers = [int(path.stem.removeprefix(_REQUESTS)) for path in folder.glob(f"{_REQUESTS}[0-9]*.jsonl")]
-        self._number = max(numbers, default=0)
+    def __init__(self, files: _Files, per_file: int) -> None:
+        self._files, self._per_file = files, per_file
+        self._number = max((int(path.stem.rpartition("_")[2]) for path in files.of_requests()), default=0)
         self._file: Any = None
-        self._path = folder
+        self._path = files.folder
         self._held = self._bytes = 0
         self.count, self.files = 0, list[str]()
 
@@ -217,7 +231,7 @@ class _Writer:
             self.close()
         if self._file is None:
             self._number += 1
-            self._path = self._folder / f"{_REQUESTS}{self._number:05d}.jsonl"
+            self._path = self._files.requests(self._number)
             self._file = self._work.open("wb")
             self._held = self._bytes = 0
         self._file.write(data)
@@ -236,7 +250,7 @@ class _Writer:
         self._file = None
         sync(self._work)
         self._work.rename(self._path)
-        sync(self._folder)
+        sync(self._files.folder)
         self.files.append(self._path.name)
 
 

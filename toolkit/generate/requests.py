@@ -1,9 +1,8 @@
 """What is asked of a language model and what it answers, whichever engine carries it.
 
 Whoever asks draws requests, takes answers as they come and keeps each before it takes the next: an engine may be killed
-at any moment. With several ranks (`toolkit.generate.local_model` alone) every rank lists the same requests, takes those
-that `share_of_rank` gives it, and keeps their answers in a file of its own; the files are put together before the next
-start, on any number of ranks. An engine needs no other rank while it answers, so none waits for another.
+at any moment. An engine knows nothing of ranks and needs no other rank while it answers. Where several run one model
+each, every rank asks its own engine for its share, and keeps the answers in a file of its own.
 """
 
 from collections.abc import Iterable, Iterator

@@ -31,8 +31,8 @@ TRIES = 5
 """How often a request is sent that the server answers with an error of its own, or with a closed connection."""
 GIVEN_UP = 8
 """So many requests in a row that failed TRIES times each end the run."""
-LONGEST_PAUSE = 30.0
-"""Between two tries; the first is half a second."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds between two tries; each is about twice the one before."""
 LONGEST_WAIT = 3600.0
 """A server that asks to wait longer (a daily quota) ends the run."""
 MOST = 1000
@@ -106,7 +106,7 @@ class _Server:
             "url": self._place.url,
             "model": self._place.model,
             "listed_as": listed,
-            "answered_as": self._names,
+            "answered_as": sorted(self._names),
             "answers_held_to": self._form if self._proven else None,
         }
 
@@ -231,7 +231,7 @@ class _Server:
                 f"{self._place.url}: no answer, {asks}: {fault.text}; what was finished is kept, and the same command "
                 "goes on when the server is there"
             )
-        seconds = fault.wait or min(0.5 * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        seconds = fault.wait or min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if everyone and fault.wait:
             self._resume_at = max(self._resume_at, now + fault.wait)
         if not self._spoken_of and (seconds > _SECONDS_TO_SAY or silent > _SECONDS_TO_SAY):
