@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 
@@ -121,6 +121,7 @@ class StubServer:
         key: str = "",
         slots: int = 0,
         seconds: float = 0.0,
+        port: int = 0,
     ) -> None:
         """
         Args:
@@ -128,12 +129,15 @@ class StubServer:
             key: wanted of every request; "": none.
             slots: so many requests are worked on at a time, the others wait; 0: all.
             seconds: that each takes.
+            port: 0: one that is free.
         """
         self.answer, self.models, self.key, self.seconds = answer, models, key, seconds
+        self._port = port
         self.script: list[Reply] = []
         self.seen: list[dict[str, Any]] = []  # bodies of the chats, in the order of their coming
         self.headers: list[dict[str, str]] = []  # of every request, names in lower case
         self.now, self.most = 0, 0  # chats under way
+        self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(slots) if slots else nullcontext()
 
@@ -142,6 +146,10 @@ class StubServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                stub._connections.append(self.connection)
 
             def do_GET(self) -> None:
                 stub._note(self)
@@ -153,11 +161,10 @@ class StubServer:
                 with stub._lock:
                     stub.now += 1
                     stub.most = max(stub.most, stub.now)
-                try:
-                    send(self, stub._refused(self) or stub._chat(self.path, body))
-                finally:
-                    with stub._lock:
-                        stub.now -= 1
+                reply = stub._refused(self) or stub._chat(self.path, body)
+                with stub._lock:  # before it is sent: the next request may come at once
+                    stub.now -= 1
+                send(self, reply)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -169,7 +176,7 @@ class StubServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass  # a client that went away
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", self._port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         return self
@@ -178,6 +185,9 @@ class StubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        for connection in self._connections:  # or their threads would go on answering
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     @property
     def host(self) -> str:

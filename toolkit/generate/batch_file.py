@@ -35,8 +35,8 @@ def batch_engine(
     """The engine whose answers come from the files of a folder, and whose other requests go into files there.
 
     In a folder the files of requests are requests_00001.jsonl and so on, and every other *.jsonl holds answers. For the
-    path of a file NAME.jsonl they are NAME_requests_00001.jsonl and the other NAME_*.jsonl beside it. A file of requests
-    waits until one of them is answered; what is then missing of it is written again, into a new file.
+    path of a file NAME.jsonl they are NAME_requests_00001.jsonl and the other NAME_*.jsonl beside it. A file of
+    requests waits until one of them is answered; what is then missing of it is written again, into a new file.
 
     Args:
         path: a folder, which is made, or the path of a file that ends in .jsonl, which is not.

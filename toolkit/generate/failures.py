@@ -4,7 +4,8 @@ Called by the engines, around what they answer.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 from toolkit.generate.requests import Answer
 from toolkit.recipe.errors import RecipeError
@@ -31,25 +32,23 @@ class FirstFailures:
         self._where = where
         self._succeeded = False
 
-    def passed_on(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+    def passed_on(self, answers: Generator[Answer]) -> Iterator[Answer]:
         """The same answers.
 
         Raises:
             RecipeError: once IN_A_ROW failed before the first success, or if all there were are too long.
         """
         held: list[Answer] = []
-        for answer in answers:
-            if self._succeeded:
-                yield answer
-                continue
-            if answer.failed:
-                held.append(answer)
-                if len(held) >= IN_A_ROW:
-                    raise self._error(held)
-                continue
-            self._succeeded = True
-            yield from (*held, answer)
-            held = []
+        with closing(answers):  # at once, if whoever takes them stops
+            for answer in answers:
+                if answer.failed and not self._succeeded:
+                    held.append(answer)
+                    if len(held) >= IN_A_ROW:
+                        raise self._error(held)
+                    continue
+                self._succeeded = True
+                yield from (*held, answer)
+                held = []
         if held and all(answer.failed.startswith(TOO_LONG) for answer in held):
             raise self._error(held)
         yield from held

@@ -4,7 +4,7 @@ Called by whatever generates texts. Reads safetensors only, runs no code that co
 hub only where the command names a model there. Each rank of several has one whole model, and asks its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from toolkit.files import expanded
 from toolkit.generate.chat import messages
@@ -178,7 +178,7 @@ class _Local:
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
         return Answer(request.name, text, ended is None, num_prompt, len(kept) + (ended is not None))
 
-    def _in_batches(self, requests: Iterator[Request]) -> Iterator[Answer]:
+    def _in_batches(self, requests: Iterator[Request]) -> Generator[Answer]:
         while window := list(islice(requests, WINDOW)):
             prompts = [self._prompt(request) for request in window]
             yield from (prompt for prompt in prompts if isinstance(prompt, Answer))
@@ -201,7 +201,7 @@ class _Local:
         rows = found[:, longest:].tolist()
         return [self._answer(prompt.request, len(prompt.ids), row) for prompt, row in zip(batch, rows, strict=True)]
 
-    def _continuously(self, requests: Iterator[Request]) -> Iterator[Answer]:
+    def _continuously(self, requests: Iterator[Request]) -> Generator[Answer]:
         """Answers by transformers' continuous batching, which adds and takes away requests at every token."""
         first = next(requests, None)
         if first is None:

@@ -9,7 +9,7 @@ import os
 import random
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -118,11 +118,11 @@ class _Server:
         """
         return self._first_failures.passed_on(self._answers(iter(requests)))
 
-    def _answers(self, requests: Iterator[Request]) -> Iterator[Answer]:
+    def _answers(self, requests: Iterator[Request]) -> Generator[Answer]:
         tasks: set[asyncio.Task[Answer]] = set()
         drawn_all = False
         with asyncio.Runner() as runner:  # it runs while this generator is asked for the next answer
-            client = AsyncOpenAI(**_settings(self._place), http_client=_network(httpx2.AsyncClient))
+            client = AsyncOpenAI(**_settings(self._place), http_client=_network(httpx2.AsyncClient, self._place.url))
             try:
                 while tasks or not drawn_all:
                     while not drawn_all and len(tasks) < self._under_way.limit:
@@ -143,7 +143,7 @@ class _Server:
                 runner.run(_ended(tasks, client))
 
     async def _answer(self, client: AsyncOpenAI, request: Request) -> Answer:
-        form, tries = self._form, 0
+        form, tries, times_busy = self._form, 0, 0
         while True:
             form = self._form if self._proven else form
             await self._turn()
@@ -162,7 +162,8 @@ class _Server:
                     return _failed(request, outcome.text)
                 case Kind.BUSY:
                     self._speak(self._under_way.refused(sent))
-                    await self._pause(outcome, tries := tries + 1, everyone=True)
+                    times_busy += 1
+                    await self._pause(outcome, times_busy, everyone=True)
                 case Kind.AGAIN:
                     if outcome.text.startswith("no answer within"):
                         self._speak(self._under_way.refused(sent))
@@ -226,9 +227,10 @@ class _Server:
             self._silent_since = now
         silent = now - max(self._silent_since, self._resume_at)
         if silent > self._patience or fault.wait > LONGEST_WAIT:
-            asks = f"asks to wait for {fault.wait:,.0f} s" if fault.wait > LONGEST_WAIT else f"for {silent:,.0f} s"
+            asks = fault.wait > LONGEST_WAIT
+            state = f"asks to wait for {fault.wait:,.0f} s" if asks else f"has not answered for {silent:,.0f} s"
             raise RecipeError(
-                f"{self._place.url}: no answer, {asks}: {fault.text}; what was finished is kept, and the same command "
+                f"{self._place.url}: {state}: {fault.text}; what was finished is kept, and the same command "
                 "goes on when the server is there"
             )
         seconds = fault.wait or min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
@@ -276,12 +278,13 @@ def _first_words(error: Exception) -> str:
     return " ".join(str(error).split())[:100]
 
 
-def _network(kind: Any) -> Any:
+def _network(kind: Any, url: str) -> Any:
     """A client of the library below openai's: no proxies, no redirects; SSL_CERT_FILE and SSL_CERT_DIR are heeded."""
+    tls = urlsplit(url).scheme == "https"
     return kind(
         trust_env=False,
         follow_redirects=False,
-        verify=httpx2.create_ssl_context(trust_env=True),
+        verify=httpx2.create_ssl_context(trust_env=True) if tls else False,  # reading all authorities takes 0.1 s
         limits=httpx2.Limits(max_connections=MOST, max_keepalive_connections=MOST),
     )
 
@@ -300,7 +303,7 @@ def _settings(place: Place) -> dict[str, Any]:
 
 def _models(place: Place) -> list[dict[str, Any]]:
     """What the server lists; empty if it has no list but may be a chat server all the same."""
-    with OpenAI(**_settings(place), http_client=_network(httpx2.Client)) as client:
+    with OpenAI(**_settings(place), http_client=_network(httpx2.Client, place.url)) as client:
         try:
             listed = client.get("/models", cast_to=object, options={"timeout": 6 * CONNECT_SECONDS})
             found = listed["data"] if isinstance(listed, dict) else None

@@ -4,6 +4,7 @@ Called by the server engine.
 """
 
 import math
+import os
 import re
 import ssl
 import time
@@ -57,7 +58,7 @@ def fault_of(error: APIError, place: Place) -> Fault:
             return Fault(Kind.AGAIN, "cannot be reached (no connection in time); see that its host is up and open")
         return Fault(Kind.AGAIN, f"no answer within {place.timeout:g} s; the server is overloaded, or stands still")
     if isinstance(error, APIConnectionError):
-        return _of_connection(error, place)
+        return _of_connection(error)
     if not isinstance(error, APIStatusError):
         return Fault(Kind.AGAIN, f"answers with something else than a completion ({said(error, place.key)})")
     return _of_status(error, place)
@@ -83,18 +84,19 @@ def _causes(error: BaseException) -> set[str]:
     return found
 
 
-def _of_connection(error: APIConnectionError, place: Place) -> Fault:
-    reason, cause = "", error.__cause__ or error.__context__
-    inner: BaseException | None = cause
+def _of_connection(error: APIConnectionError) -> Fault:
+    reason, inner = "", error.__cause__ or error.__context__
     while inner is not None:
         if isinstance(inner, ssl.SSLCertVerificationError):
-            text = f"its TLS certificate is not trusted ({inner.verify_message}); set SSL_CERT_FILE to the file of its"
-            return Fault(Kind.RUN, f"{text} authority")
+            fix = "set SSL_CERT_FILE to the file of its authority"
+            return Fault(Kind.RUN, f"its TLS certificate is not trusted ({inner.verify_message}); {fix}")
         if isinstance(inner, ssl.SSLError):
             return Fault(Kind.RUN, f"does not speak TLS ({inner.reason}); write http:// for a server without it")
-        reason = str(inner) or type(inner).__name__
+        number = inner.errno if isinstance(inner, OSError) else None
+        own = os.strerror(number) if number is not None and number > 0 else str(inner)
+        reason = own or reason or type(inner).__name__  # the innermost knows most
         inner = inner.__cause__ or inner.__context__
-    reason = one_line(" ".join((str(cause) or reason).split()), 200)
+    reason = one_line(" ".join(reason.split()), 200)
     if "ConnectError" in _causes(error):
         return Fault(Kind.AGAIN, f"cannot be reached ({reason}); see that it is up, and that host and port are right")
     return Fault(Kind.AGAIN, f"closed the connection before the answer was there ({reason})")
