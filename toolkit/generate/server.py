@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
-from openai import APIError, AsyncOpenAI, OpenAI
+from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
 
 from toolkit.generate.chat import FORMS, chat_body, read_completion
 from toolkit.generate.failures import FirstFailures
@@ -242,7 +242,9 @@ class _Server:
         await asyncio.sleep(seconds)
 
     async def _is_alive(self, client: AsyncOpenAI) -> bool:
-        """Whether the server answers at all, so that the request may be at fault."""
+        """Whether the server answers at all, so that the request may be at fault; unknown where it never listed."""
+        if not self._place.listed:
+            return True
         try:
             await client.get("/models", cast_to=object, options={"timeout": CONNECT_SECONDS})
         except (APIError, ValueError):
@@ -302,14 +304,14 @@ def _settings(place: Place) -> dict[str, Any]:
 
 
 def _models(place: Place) -> list[dict[str, Any]]:
-    """What the server lists; empty if it has no list but may be a chat server all the same."""
+    """What the server lists; empty if it fails to, but the model is named: the first request then shows what it is."""
     with OpenAI(**_settings(place), http_client=_network(httpx2.Client, place.url)) as client:
         try:
             listed = client.get("/models", cast_to=object, options={"timeout": 6 * CONNECT_SECONDS})
             found = listed["data"] if isinstance(listed, dict) else None
         except APIError as error:
             fault = fault_of(error, place._replace(timeout=6 * CONNECT_SECONDS))
-            if fault.text.startswith("HTTP 404") and place.model:
+            if place.model and isinstance(error, APIStatusError) and (fault.kind is not Kind.RUN or _is_404(fault)):
                 return []
             raise RecipeError(f"{place.url}: {fault.text}") from None
         except (ValueError, KeyError):
@@ -318,6 +320,10 @@ def _models(place: Place) -> list[dict[str, Any]]:
         v1 = "" if place.url.endswith("/v1") else f"; write --server {place.url}/v1"
         raise RecipeError(f"{place.url}: answers, but not as an OpenAI-compatible server{v1}")
     return found
+
+
+def _is_404(fault: Fault) -> bool:
+    return fault.text.startswith("HTTP 404")
 
 
 def _checked(url: str) -> str:
