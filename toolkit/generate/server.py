@@ -5,14 +5,12 @@ environment are not used, redirects are not followed, and the key goes nowhere b
 """
 
 import asyncio
-import os
 import random
 import resource
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
@@ -20,12 +18,12 @@ from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
 from toolkit.generate.chat import FORMS, chat_body, read_completion
 from toolkit.generate.failures import FirstFailures
 from toolkit.generate.requests import Answer, Engine, Request, Sampling
+from toolkit.generate.server_address import KEY_VARIABLE, checked_address, is_local, key_of, unused_proxy
 from toolkit.generate.server_faults import Fault, Kind, Place, fault_of
 from toolkit.generate.under_way import UnderWay
 from toolkit.ranks.last_words import notice
 from toolkit.recipe.errors import RecipeError
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 CONNECT_SECONDS = 10.0
 TRIES = 5
 """How often a request is sent that the server answers with an error of its own, or with a closed connection."""
@@ -64,11 +62,12 @@ def server_engine(
         RecipeError: in one line, if the address or the key cannot be right, the server cannot be reached, or does not
             say which model is meant.
     """
-    url = _checked(url)
-    key = _key(key_variable)
+    url = checked_address(url)
+    key = key_of(key_variable)
     place = Place(url, model or "", [], key, key_variable or KEY_VARIABLE, timeout)
-    _say_proxy(url, say)
-    if key and urlsplit(url).scheme == "http" and not _is_local(url):
+    if line := unused_proxy(url):
+        say(f"{url}: {line}")
+    if key and urlsplit(url).scheme == "http" and not is_local(url):
         say(f"warning: {url}: the key of {place.key_variable} travels unencrypted; write https:// if the server can")
     cards = _models(place)
     place = place._replace(listed=[str(card.get("id")) for card in cards])
@@ -87,7 +86,8 @@ class _Server:
     ) -> None:
         self._place, self._card, self._sampling, self._patience, self._say = place, card, sampling, patience, say
         self._names: list[str] = []  # that the server's answers give for the model
-        self._form, self._proven = FORMS[0], False  # of the answers; proven by the first
+        self._form, self._proven = FORMS[0], False  # of the answers; proven by the first that has a schema
+        self._has_answered = False
         self._tokens_key = "max_tokens"
         self._most = min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._under_way = UnderWay(self._most, time.monotonic)
@@ -99,7 +99,7 @@ class _Server:
         self._failed_in_a_row = 0  # by errors of the server's own
 
     def describe(self) -> dict[str, Any]:
-        """The address, the model asked for, what the server lists about it, and the names its answers gave."""
+        """The address, the model asked for, what is listed of it, the names its answers gave, and their form."""
         listed = {key: value for key, value in self._card.items() if isinstance(value, str | int) and key != "created"}
         return {
             "engine": "server",
@@ -107,7 +107,7 @@ class _Server:
             "model": self._place.model,
             "listed_as": listed,
             "answered_as": sorted(self._names),
-            "answers_held_to": self._form if self._proven else None,
+            "response_format": self._form if self._proven else None,
         }
 
     def answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
@@ -199,15 +199,16 @@ class _Server:
     def _succeeded(self, answer: Answer, request: Request, form: str) -> None:
         self._silent_since, self._spoken_of, self._failed_in_a_row = None, False, 0
         self._speak(self._under_way.answered(answer.tokens or 1 + len(answer.text) // 4))
-        if self._proven:
-            return
-        self._proven, self._form = True, form
-        if form != FORMS[0] and request.schema is not None:
-            other = "response_format json_object" if form == "json_object" else "no response_format"
-            self._speak(f"{self._place.url} does not take response_format json_schema; it is asked with {other}")
-        if self._place.listed and self._place.model not in self._place.listed:
+        if not self._has_answered and self._place.listed and self._place.model not in self._place.listed:
             has = ", ".join(self._place.listed[:8])
             self._speak(f"warning: {self._place.url} answers as {self._place.model}, but lists {has}; see which it is")
+        self._has_answered = True
+        if self._proven or request.schema is None:
+            return
+        self._proven, self._form = True, form
+        if form != FORMS[0]:
+            other = "response_format json_object" if form == "json_object" else "no response_format"
+            self._speak(f"{self._place.url} does not take response_format json_schema; it is asked with {other}")
 
     def _simpler(self, form: str, request: Request, fault: Fault) -> str | None:
         """The next form to try after an error that may be due to this one; None if there is none."""
@@ -324,38 +325,3 @@ def _models(place: Place) -> list[dict[str, Any]]:
 
 def _is_404(fault: Fault) -> bool:
     return fault.text.startswith("HTTP 404")
-
-
-def _checked(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
-    except ValueError:
-        whole, parts = False, urlsplit("")
-    if parts.username or parts.password or "@" in parts.netloc:
-        raise RecipeError("--server: the address holds a password; name the variable with the key by --key-variable")
-    if not whole:
-        raise RecipeError(f"--server {url}: is no address of a server; write it as http://host:8000/v1")
-    if parts.query or parts.fragment:
-        raise RecipeError(f"--server {url}: has a part behind ? or #; leave it out")
-    return url.rstrip("/").removesuffix("/chat/completions")
-
-
-def _key(variable: str | None) -> str:
-    key = os.environ.get(variable or KEY_VARIABLE, "").strip()
-    if variable is not None and not key:
-        raise RecipeError(f"--key-variable {variable}: there is no such environment variable; put the key into it")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise RecipeError(f"the environment variable {variable or KEY_VARIABLE} holds what cannot be a key; mend it")
-    return key
-
-
-def _is_local(url: str) -> bool:
-    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-
-
-def _say_proxy(url: str, say: Callable[[str], None]) -> None:
-    parts = urlsplit(url)
-    proxies = getproxies()
-    if (parts.scheme in proxies or "all" in proxies) and not _is_local(url) and not proxy_bypass(parts.hostname or ""):
-        say(f"{url}: the proxy of the environment ({parts.scheme}_proxy) is not used; requests go straight to the host")
