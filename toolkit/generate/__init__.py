@@ -1,0 +1,1 @@
+"""Texts written by a language model: passages of graded relevance for queries."""
