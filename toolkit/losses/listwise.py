@@ -39,9 +39,9 @@ def wasserstein(
 
         |m_P - m_Y|^2 + f |A|^2 + f |B|^2 - 2 sum of sqrt(s^2 + 1e-15) over the singular values s of f A B^T
 
-    which is SyCL's (arXiv 2503.23239): neither a root nor a mean, -6.3e-8 where P = Y. It does not know which row
-    belongs to which query, so it needs no number of the first own row either: exchanging the rows of P among queries
-    changes nothing.
+    as Esfandiarpoor et al. (arXiv 2503.23239) train with: neither a root nor a mean, -6.3e-8 where P = Y. It does not
+    know which row belongs to which query, so it needs no number of the first own row either: exchanging the rows of P
+    among queries changes nothing.
 
     P has the dtype of the scores, all after it is float64. Beside a few [R, N] of own rows it makes [Q, Q], and
     [Q / R, N] of gathered column sums; Y is never made.
@@ -123,7 +123,7 @@ def wasserstein_per_query(
     passage. It is 0 as soon as every grade has the mass that Y gives it: how a query's passages of one grade share
     their mass does not matter to it, nor how in-batch passages and own ones of in_batch_grade do.
 
-    It is ours, not SyCL's: every row is compared with the grades of its own query. P, Y and arguments as in `kl`.
+    It is ours, and no paper's: every row is compared with the grades of its own query. P, Y and arguments as in `kl`.
     """
     _check(scores, grades, first)
     target = _target(grades, scores.shape[1], label_scale, in_batch_grade)

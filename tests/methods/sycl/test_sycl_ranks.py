@@ -43,10 +43,7 @@ def as_case(number: int, factors: dict[str, Any], fp64: bool = True) -> dict[str
         "batch__span": factors["span"],
         "encoder__pooling": {"llama": "eos", "bert": "mean"}[arch],
         "objective__losses": factors["losses"],
-        "data__group": {
-            "size": factors["size"],
-            "by": "positive_first" if "infonce" in factors["losses"] else "random",
-        },
+        "data__group": {"size": factors["size"], "by": by},
     }
     changes |= {f"batch__{key}": value for key, value in factors["forward"].items()}
     changes |= {f"objective__{key}": value for key, value in factors["settings"].items()}
