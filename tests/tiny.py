@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertTokenizer
 
+from toolkit.data.graded import GradedBatch
 from toolkit.data.pairs import PairBatch
 from toolkit.data.tokens import Tokens, pad
 from toolkit.methods import method_of
@@ -150,6 +151,10 @@ METHODS: dict[str, dict[str, Any]] = {
             "crops": {"chunk_tokens": 16, "min_ratio": 0.2, "max_ratio": 0.5, "delete": 0.1},
         },
     },
+    "sycl": {
+        "objective": {"name": "sycl", "losses": {"wasserstein": 1.0}, "temperature": 0.2},
+        "data": {"sources": [{"folder": "unused"}], "group": {"size": 4, "by": "random"}},
+    },
 }  # fmt: skip
 
 
@@ -213,6 +218,24 @@ def random_crops(num_pools: int, pool: int, views: int, seed: int = 0) -> list[C
         )
 
     return [one(t) for t in range(num_pools)]
+
+
+def random_graded(num_pools: int, pool: int, size: int, seed: int = 0) -> list[GradedBatch]:
+    """Pools of random texts with random grades of 0 to 3, the first passage of a query always of grade 3."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one() -> GradedBatch:
+        grade = torch.randint(4, (pool, size), generator=generator).float()
+        grade[:, 0] = 3
+        return GradedBatch(random_tokens(pool, generator), random_tokens(pool * size, generator), grade)
+
+    return [one() for _ in range(num_pools)]
+
+
+def rows_of_graded(batch: GradedBatch, first: int, last: int) -> GradedBatch:
+    size = batch.grade.shape[1]
+    passage = rows_of(batch.passage, first * size, last * size)
+    return GradedBatch(rows_of(batch.query, first, last), passage, batch.grade[first:last])
 
 
 def rows_of_crops(batch: CropBatch, first: int, last: int) -> CropBatch:

@@ -10,6 +10,7 @@ from tiny import (
     VOCABULARY,
     build_objective,
     random_crops,
+    random_graded,
     random_pairs,
     random_pools,
     random_tokens,
@@ -90,6 +91,13 @@ def test_contrastive(changes: dict[str, Any], folders) -> None:
     lowest = 3 * WIDTH * WIDTH + 2 * 4 * WIDTH  # query, key, value and two adapters of the first layer
     assert found - with_lora == of_loss - 3 * ROWS * LENGTH * 2 * lowest
     assert with_lora < 0.9 * rule
+
+
+def test_sycl(folders) -> None:
+    """Exact but for the scores, forward and for both sides backward."""
+    stage = stage_of("sycl", lora=None, objective__losses={"kl": 1.0}, **SLICES)
+    rule, found = by_rule_and_counted(stage, random_graded(1, ROWS, 3)[0], folders["bert"])
+    assert found - rule == 3 * 2 * ROWS * 3 * ROWS * WIDTH
 
 
 @pytest.mark.parametrize("queue", [True, False])

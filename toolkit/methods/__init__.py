@@ -13,6 +13,7 @@ TABLE = {
     "revela": "toolkit.methods.revela",
     "contrastive": "toolkit.methods.contrastive",
     "recontriever": "toolkit.methods.recontriever",
+    "sycl": "toolkit.methods.sycl",
 }
 
 

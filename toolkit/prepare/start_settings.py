@@ -4,6 +4,7 @@ Called once, before anything else reads the section: by the launcher before the 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ FIXES = {
     "max_tokens": "write the longest input of training in tokens",
     "eval_max_tokens": "write the longest input of evaluation in tokens",
 }
-
+NAMES_NONE = "that names no pooling, so that nothing tells whether it was ever a retriever"
 
 # Of a tokenizer that is not built yet, or not here.
 UNKNOWN_ENDS: dict[bool | None, list[str]] = {None: [], True: ["the end token"], False: []}
@@ -64,6 +65,7 @@ class _Origin(NamedTuple):
     named: Named
     model: str  # how it is called
     ends: dict[bool | None, list[str]]  # append_eos -> the special tokens after a text
+    doubt: str = ""  # why it may never have been a retriever; empty if it was one
 
 
 def resolve_recipe(recipe: Recipe) -> list[Resolved]:
@@ -135,7 +137,9 @@ def resolve(recipe: Recipe, index: int) -> Resolved:
     resolved = _complete(recipe, first, origin)
     for number in range(first + 1, index + 1):
         files = dict.fromkeys(EncoderKeys.model_fields, f"stages.{number - 1}.encoder")
-        origin = _Origin(Named(resolved.encoder.model_dump(), files, []), "the stage before", origin.ends)
+        after_lm = keys_of(recipe.stages[number - 1].objective.name).exports_lm
+        doubt = "the stage before trains a language model" if after_lm else ""
+        origin = _Origin(Named(resolved.encoder.model_dump(), files, []), "the stage before", origin.ends, doubt)
         resolved = _complete(recipe, number, origin)
     return resolved
 
@@ -174,6 +178,7 @@ def _complete(recipe: Recipe, index: int, origin: _Origin) -> Resolved:
     rows = [(f"encoder.{key}", f"{_plain(key, value)} ({sources[key]})") for key, value in encoder.model_dump().items()]
     after_lm = stage.start == "previous" and keys_of(recipe.stages[index - 1].objective.name).exports_lm
     notes = [*_not_followed(at, origin, encoder), *([] if after_lm else _differences(at, origin, encoder, written))]
+    notes += keys_of(stage.objective.name).remarks(f"stages.{index}", stage, origin.doubt)
     return Resolved(encoder, rows, notes)
 
 
@@ -228,7 +233,7 @@ def _of_start(start: Start) -> _Origin:
         case FolderStart():
             return _in_folder(expanded(start.folder), "the start model")
         case _:
-            return _Origin(Named({}, {}, []), "a model that is built", UNKNOWN_ENDS)
+            return _Origin(Named({}, {}, []), "a model that is built", UNKNOWN_ENDS, "a built model is none")
 
 
 def _in_folder(folder: Path, model: str) -> _Origin:
@@ -241,7 +246,27 @@ def _in_folder(folder: Path, model: str) -> _Origin:
         return _Origin(Named(values, dict.fromkeys(values, "export.json"), notes), model, ends)
     if (folder / MODULES).is_file():
         return _Origin(named_by_folder(folder), model, ends)
-    return base or _Origin(Named({}, {}, []), model, ends)
+    if base is not None:
+        return base._replace(
+            doubt=f"{model} is an adapter that names no pooling, so that nothing tells whether it was ever a retriever"
+        )
+    return _Origin(Named({}, {}, []), model, ends, _doubt(folder, model))
+
+
+def _doubt(folder: Path, model: str) -> str:
+    """Why a model without a file that names its pooling may never have been a retriever; empty where its class is none
+    of a language model's, such as Contriever.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = str(config["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError):  # where that is a fault, it is said when the model is loaded
+        architecture = ""
+    if re.search("For[A-Z]|LMHead", architecture):
+        return f"{model} is a language model ({architecture})"
+    if not architecture or architecture.endswith("Model"):
+        return f"{model} is one {NAMES_NONE}"
+    return ""
 
 
 def _ends(folder: Path) -> dict[bool | None, list[str]]:
