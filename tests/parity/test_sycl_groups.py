@@ -167,5 +167,5 @@ def test_rows_are_numbered_by_query_id_as_the_reference_sorts_them(tmp_path: Pat
 def test_too_few_passages_are_refused_unless_they_are_cycled(tmp_path: Path):
     data = data_of(tmp_path, BOTH, 7, "random")
     data = data.model_copy(update={"group": data.group.model_copy(update={"few": "refuse"})})
-    with pytest.raises(RecipeError, match=r"qrels_?\w*.*query 13: 6 passages, fewer than the 7 of a group; set data"):
+    with pytest.raises(RecipeError, match=r"qrels_?\w*.*query 13: has 6 of the 7 passages that a group needs"):
         make_store(tmp_path / "store", data)

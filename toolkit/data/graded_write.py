@@ -27,7 +27,6 @@ from toolkit.recipe.graded import Group
 
 _EXAMPLES = 8
 _GRADES = 10  # at most are told one by one
-_FIX = 'set data.group.few to "cycle" or data.group.size lower, or data.faulty_rows to "skip"'
 
 Join = Literal["query_id", "query_text"] | None
 
@@ -198,7 +197,7 @@ def _put_together(
             known, of_source, grade = zip(*(part.passages(row, order) for part in parts), strict=True)
             sources = [Passages(order[own], its) for own, its in zip(of_source, grade, strict=True)]
             if lack := lacks(sources, how.picks, how.group):
-                leave_out(RowFault("of too few passages", f"{queries.where[row]}: {lack}; {_FIX}"), skipped)
+                leave_out(RowFault("of too few passages", f"{queries.where[row]}: {lack}"), skipped)
                 continue
             for own, its in zip(of_source, grade, strict=True):
                 numbers.append(own.tolist())

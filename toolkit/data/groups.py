@@ -89,15 +89,23 @@ def _positive_first(grade: np.ndarray, size: int, draw: Draw) -> np.ndarray:
 
 
 def lacks(sources: Sequence[Passages], picks: Sequence[int | None], group: Group) -> str:
-    """What a query has too few of for a group in some epoch, whichever passages are picked; empty if it has enough."""
+    """What a query has too few of in some epoch, whichever passages are picked, and the fix; empty if it has enough."""
     fewest = group.size if group.few == "refuse" else 1
     if group.by != "positive_first":
-        sure = surely(sources, picks)
-        return "" if sure >= fewest else _too_few("passages", sure, fewest)
+        return _too_few("passages", surely(sources, picks), fewest)
     if not surely(sources, picks, at_least=RELEVANT):
-        return "no passage of grade 1 or more"
-    fewest, sure = min(fewest, group.size - 1), surely(sources, picks, below=RELEVANT)
-    return "" if sure >= fewest else _too_few("passages below grade 1", sure, fewest)
+        return f"has no passage of grade 1 or more for a group to begin with; give it one, or {_SKIP}"
+    return _too_few("passages below grade 1", surely(sources, picks, below=RELEVANT), min(fewest, group.size - 1))
+
+
+_SKIP = 'set data.faulty_rows to "skip"'
+
+
+def _too_few(what: str, sure: int, wanted: int) -> str:
+    if sure >= wanted:
+        return ""
+    less = 'set data.group.few to "cycle", lower data.group.size, ' if wanted > 1 else "give it more, "
+    return f"has {sure} of the {wanted} {what} that a group needs; {less}or {_SKIP}"
 
 
 def surely(
@@ -120,7 +128,3 @@ def surely(
             sure += max(0, pick - len(own & others))
             most = max(most, pick)
     return max(len(always) + sure, most)
-
-
-def _too_few(what: str, sure: int, wanted: int) -> str:
-    return f"{sure} {what}, fewer than the {wanted} of a group"

@@ -68,7 +68,7 @@ def example(stage: Stage[Any, GradedData], number: int, look: Look, tokenizers: 
         for own in held
     ]
     if lack := lacks(passages, picks_of(data), data.group):
-        return [*lines, ("example passages", f"not shown: among the rows looked at the query has {lack}")]
+        return [*lines, ("example passages", f"not shown: the first query looked at {lack}")]
     draw = (0, 0, 0)
     there = joined(passages, picks_of(data), draw)
     order, grade = (np.concatenate(side)[there] for side in zip(*passages, strict=True))
