@@ -46,7 +46,7 @@ def look_at_graded(source: GradedSource, data: GradedData) -> Look:
     if source.format == "pairs":
         pairs = PairsData(sources=[as_pairs(source)], negatives=1, faulty_rows=data.faulty_rows)  # pyright: ignore[reportCallIssue]
         seen = look_at_pairs(pairs.sources[0], pairs)
-        return seen._replace(line=f"{seen.line}, {_grades(rows)}", pairs=[], graded=rows)
+        return seen._replace(line=f"pairs of {_grades(rows)} in {seen.line}", pairs=[], graded=rows)
     name, (found, below) = name_with_files(source), _keys(source, skipping(data.faulty_rows))
     used = {column: column for column in COLUMNS if column in found}
     unused = [column for column in found if column not in COLUMNS]

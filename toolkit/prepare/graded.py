@@ -128,7 +128,7 @@ def _read(data: GradedData, counts: list[Counter[str]], meta: dict[str, Any]) ->
         not_used = [f"{count[kind]:,} {what}" for kind, what in left_out.items() if count[kind]]
         told = f"; not used: {', '.join(not_used)}" if not_used else ""
         known = f", for {meta['known_to'][number]:,} of the queries" if len(data.sources) > 1 else ""
-        yield f"data: {source_name(source)}: {count['rows']:,} rows{known}{told}"
+        yield f"data.sources.{number}: {source_name(source)}: {count['rows']:,} rows{known}{told}"
 
 
 def _announcement(meta: dict[str, Any]) -> str:
