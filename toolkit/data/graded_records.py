@@ -47,7 +47,7 @@ def read_graded(source: GradedSource, counts: Counter[str], skipped: Skipped | N
     Adds to counts: "rows"; "empty" (rows left out for want of a query or of any passage); "blank" (passages without
     text); "missing" (judged queries and passages that a BEIR folder lacks, whose corpus is held in memory);
     "filtered" (passages of other grades); "cut" (passages after the first that are taken); "unrelated" (docstrings of
-    the embedded corpus without code of every grade).
+    the embedded corpus without code near theirs).
 
     Args:
         skipped: where rows that cannot be used are counted; None: the first is an error.
@@ -225,7 +225,5 @@ def _stdlib(counts: Counter[str]) -> Iterator[GradedRow]:
     counts["rows"] += len(rows) + left_out
     counts["unrelated"] += left_out
     for row in rows:
-        passages = [
-            Passage(name, code, grade) for (name, code), grade in zip(row.codes, (3.0, 2.0, 1.0, 0.0), strict=True)
-        ]
+        passages = [Passage(name, code, grade) for name, code, grade in row.codes]
         yield GradedRow(row.query_id, row.query, passages, f"stdlib: {row.query_id}")

@@ -6,6 +6,7 @@ Called by the reader of graded rows.
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +18,14 @@ class Related(NamedTuple):
 
     query_id: str
     query: str
-    codes: list[tuple[str, str]]  # (id, code) of grades 3, 2, 1, 0
+    codes: list[tuple[str, str, float]]  # (id, code, grade), the highest first; no code twice
 
 
 def related_code(folder: Path = STDLIB) -> tuple[list[Related], int]:
-    """Graded rows, and how many docstrings are left out because a grade has no code for them.
+    """Graded rows of three or four grades, and how many docstrings are left out, since no code is near theirs.
 
     Grade 2 is another documented function or class of the same class. Grade 1 is of the same module, of another class,
-    and neither inside the other. Which one it is, is a function of the ids.
+    and neither inside the other. A row lacks one of them if there is none; which one it is, is a function of the ids.
     """
     _, documents, queries, qrels = collection("train", folder)
     modules: dict[str, list[str]] = defaultdict(list)
@@ -32,17 +33,21 @@ def related_code(folder: Path = STDLIB) -> tuple[list[Related], int]:
         modules[name.split(":")[0]].append(name)
     every, rows = list(documents), []
     for query, own in ((query, next(iter(grades))) for query, grades in qrels.items()):
-        module, path, _ = own.split(":")
-        siblings, others = _near(own, path, modules[module])
-        far = next((name for name in _from(every, own) if not name.startswith(f"{module}:")), None)
-        if siblings and others and far is not None:
-            names = [own, _one(siblings, own), _one(others, own), far]
-            rows.append(Related(query, queries[query], [(name, documents[name]) for name in names]))
+        module = own.split(":")[0]
+        siblings, others = _near(own, modules[module])
+        far = (name for name in _from(every, own) if not name.startswith(f"{module}:"))
+        codes = [(own, documents[own], 3.0)]
+        for names, grade in ((_from(siblings, own), 2.0), (_from(others, own), 1.0), (far, 0.0)):
+            met = [code for _, code, _ in codes]
+            codes += islice(((name, documents[name], grade) for name in names if documents[name] not in met), 1)
+        if len(codes) > 2 and codes[-1][2] == 0:
+            rows.append(Related(query, queries[query], codes))
     return rows, len(queries) - len(rows)
 
 
-def _near(own: str, path: str, module: Sequence[str]) -> tuple[list[str], list[str]]:
+def _near(own: str, module: Sequence[str]) -> tuple[list[str], list[str]]:
     """(Names of the same class, names of the same module that have nothing to do with it)."""
+    path = own.split(":")[1]
     owner = path.rpartition(".")[0]
     siblings, others = [], []
     for name in module:
@@ -60,15 +65,7 @@ def _inside(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}.")
 
 
-def _one(names: Sequence[str], own: str) -> str:
-    return names[_number(own) % len(names)]
-
-
 def _from(names: Sequence[str], own: str) -> Iterator[str]:
     """All names in a circle, from the one that the id chooses."""
-    first = _number(own)
+    first = int.from_bytes(hashlib.blake2b(own.encode(), digest_size=8).digest(), "little")
     return (names[(first + step) % len(names)] for step in range(len(names)))
-
-
-def _number(own: str) -> int:
-    return int.from_bytes(hashlib.blake2b(own.encode(), digest_size=8).digest(), "little")

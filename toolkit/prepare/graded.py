@@ -122,7 +122,7 @@ def _read(data: GradedData, counts: list[Counter[str]], meta: dict[str, Any]) ->
         "missing": "judged texts that are missing",
         "filtered": "passages of other grades",
         "cut": "passages after the first ones",
-        "unrelated": "docstrings without code of every grade",
+        "unrelated": "docstrings without code near theirs",
     }
     for number, (source, count) in enumerate(zip(data.sources, counts, strict=True)):
         not_used = [f"{count[kind]:,} {what}" for kind, what in left_out.items() if count[kind]]

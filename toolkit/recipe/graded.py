@@ -51,7 +51,7 @@ class FolderGraded(FolderSource, GradedSettings):
 class StdlibGraded(StdlibSource, GradedSettings):
     stdlib: Literal["graded"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         description="The embedded corpus: a training docstring with its function's code (grade 3), another one of the "
-        "same class (2), of the same module (1) and of another module (0)."
+        "same class (2), of the same module (1) and of another module (0); three or four of them."
     )
 
 
