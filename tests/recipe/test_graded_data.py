@@ -1,5 +1,8 @@
 """What the data section of graded rows takes, and what in it does not fit together."""
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +10,7 @@ from pydantic import ValidationError
 
 from toolkit.recipe.graded import FolderGraded, GradedData, HubGraded, StdlibGraded, check_graded
 
-REAL: dict[str, Any] = {"folder": "real", "format": "beir"}
+REAL: dict[str, Any] = {"folder": "msmarco", "format": "beir"}
 BM25 = REAL | {"judgements": "bm25.jsonl", "pick": {"random": 2}}
 SYNTH: dict[str, Any] = {"folder": "generated"}
 GROUP = {"size": 4, "by": "random"}
@@ -32,9 +35,9 @@ PUBLISHED = {
         SYNTH | {"at_least": 2, "grade": 1},
         SYNTH | {"below": 2, "grade": 0},
         join="query_id",
-        group={"size": 3, "by": "positive_first"},
+        group={"size": 3, "by": "positive_first", "few": "cycle"},
     ),
-    "synth_multilevel": section(SYNTH),
+    "synth_multilevel": section(SYNTH, group=GROUP | {"few": "cycle"}),
     "synth_plus_real": section(
         REAL | {"at_least": 1, "grade": 3},
         BM25 | {"grade": 1},
@@ -50,6 +53,13 @@ def test_the_published_configurations_can_be_written(name: str):
     assert problems(PUBLISHED[name]) == []
     data = GradedData.model_validate(PUBLISHED[name])
     assert GradedData.model_validate_json(data.model_dump_json()) == data
+
+
+def test_the_page_shows_them_as_they_are_checked_here():
+    page = (Path(__file__).parent.parent.parent / "docs" / "graded.md").read_text(encoding="utf-8")
+    for name, raw in PUBLISHED.items():
+        (text,) = re.findall(rf"\*\*{name}\*\*.*?```\n(.*?)\n```", page, re.DOTALL)[:1]
+        assert json.loads(f"{{{text}}}") == raw, name
 
 
 def test_every_kind_of_source_is_told_by_its_key():

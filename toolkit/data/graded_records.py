@@ -86,16 +86,14 @@ def _rows(source: GradedSource, counts: Counter[str], skipped: Skipped | None) -
 def selected(passages: list[Passage], source: GradedSource, counts: Counter[str]) -> list[Passage]:
     """The filter first, then the first so many, the constant last; what is drawn at random is drawn by the batch."""
     low, high = source.at_least, source.below
-    kept = [
-        passage
-        for passage in passages
-        if (low is None or passage.grade >= low) and (high is None or passage.grade < high)
-    ]
+    kept = passages if low is None else [passage for passage in passages if passage.grade >= low]
+    kept = kept if high is None else [passage for passage in kept if passage.grade < high]
     counts["filtered"] += len(passages) - len(kept)
     if source.pick is not None and source.pick.first is not None:
         counts["cut"] += max(0, len(kept) - source.pick.first)
         kept = kept[: source.pick.first]
-    return kept if source.grade is None else [passage._replace(grade=source.grade) for passage in kept]
+    grade = source.grade
+    return kept if grade is None else [Passage(name, text, grade) for name, text, _ in kept]
 
 
 # --------------------------------------------------------------------------- rows of files and of the hub

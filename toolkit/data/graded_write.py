@@ -92,18 +92,21 @@ class _Held:
         self.examples: list[str] = []  # the first texts
         self._texts, self._prefix = texts, prefix
         self._ids: list[tuple[str, str]] = []  # (id, whose)
-        self._numbers: dict[tuple[tuple[str, str], int], int] = {}
+        self._numbers: dict[tuple[str, str, int], int] = {}
 
     def number(self, passage: Passage, whose: str) -> int:
-        named = (passage.text, "") if passage.id is None else (passage.id, whose)
-        key = (named, hash(passage.text))  # Python's own: a new text with it is one in 2^64
-        if key not in self._numbers:
-            self._numbers[key] = len(self.text)
-            self.text.append(self._texts.number(self._prefix, passage.text))
-            self._ids.append(named)
-            if len(self.examples) < _EXAMPLES and passage.text not in self.examples:
-                self.examples.append(passage.text)
-        return self._numbers[key]
+        name, text, _ = passage
+        key = (text, "", 0) if name is None else (name, whose, hash(text))  # another text with it is one in 2^64
+        number = self._numbers.get(key)
+        return self._add(key, text) if number is None else number
+
+    def _add(self, key: tuple[str, str, int], text: str) -> int:
+        number = self._numbers[key] = len(self.text)
+        self.text.append(self._texts.number(self._prefix, text))
+        self._ids.append(key[:2])
+        if len(self.examples) < _EXAMPLES and text not in self.examples:
+            self.examples.append(text)
+        return number
 
     def keys(self) -> np.ndarray:
         """Key of each one's text: int64 [passages]."""

@@ -97,6 +97,8 @@ def _list(row: Any, where: str) -> Judged:
 
 def id_of(value: Any, name: str, where: str) -> str:
     """An id as text; RowFault for what is none."""
+    if type(value) is str and value and value.isascii():  # nearly all, and there may be many millions
+        return value
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
         raise RowFault("without id", f"{where}: {name} holds {kind_of(value)}; write an id, as text")
     return checked_text(str(value), name, name, where)
@@ -104,6 +106,8 @@ def id_of(value: Any, name: str, where: str) -> str:
 
 def grade_of(value: Any, name: str, where: str) -> float:
     """A grade; RowFault for what is no finite number of the size of single precision."""
+    if type(value) is int and -1_000_000 < value < 1_000_000:
+        return float(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         grade = float(value) if is_number else math.nan
