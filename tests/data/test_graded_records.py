@@ -104,6 +104,15 @@ def test_pairs_are_of_grades_1_and_0(tmp_path: Path):
     assert [p.text for p in read(named)[0].passages] == ["a", "b"]
 
 
+def test_mined_negatives_are_a_source(tmp_path: Path):
+    """As `python -m toolkit.mine` writes them."""
+    mined = {"query": "q", "positives": ["a"], "negatives": ["b", "c"], "weight": 1.0}
+    write_rows(tmp_path / "mined" / "pairs.jsonl", [mined])
+    (tmp_path / "mined" / "mined.json").write_text("{}")
+    (found,) = read(source(tmp_path / "mined", "pairs", below=1, pick={"random": 2}, grade=1))
+    assert found.passages == [Passage(None, "b", 1.0), Passage(None, "c", 1.0)]
+
+
 # --------------------------------------------------------------------------- BEIR and its judgements
 
 
