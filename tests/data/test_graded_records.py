@@ -127,7 +127,7 @@ def test_judged_queries_in_the_order_of_the_file(tmp_path: Path):
         ),
         GradedRow("13", "query text 13", [Passage("r9", "real passage 9", 0.0)], ""),
     ]
-    assert counts == {"rows": 3, "missing": 2, "blank": 0, "filtered": 0}
+    assert counts == {"rows": 3, "missing": 2, "blank": 0, "filtered": 0, "unasked": 1, "unnamed": 9}
     assert "has no qrels/test.tsv; set split to dev or train" in error(source(folder, "beir", split="test"))
 
 

@@ -132,8 +132,10 @@ def test_another_file_of_judgements_makes_another_store(tmp_path: Path, tokenize
     store = prepare(data, tokenizer_folder, run)
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"data.sources.0: folder: {real['folder']}: 3 rows, for 3 of the queries; not used: 1 passages of other grades",
-        f"data.sources.1: folder: {real['folder']}: 3 rows, for 3 of the queries",
+        f"data.sources.0: folder: {real['folder']}: 3 rows, for 3 of the queries; not used: 7 passages that no query "
+        "names, 1 passages of other grades",
+        f"data.sources.1: folder: {real['folder']}: 3 rows, for 3 of the queries; not used: 6 passages that no query "
+        "names",
         "data: 3 queries (3 of them in all 2 sources), 10 passages, 11 graded passages of queries (grades 3: 4, 1: 7), "
         f"digest {store.digest}, {store.meta['tokens']} tokens",
     ]
@@ -205,6 +207,14 @@ def test_a_damaged_store_is_named(tmp_path: Path, tokenizer_folder: Path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(RecipeError, match=r"held\.ids: \d+ bytes, not \d+; delete the folder"):
         prepare(data, tokenizer_folder, run)
+
+
+def test_sources_without_a_common_query_are_a_warning(tmp_path: Path, tokenizer_folder: Path, capsys):
+    one, two = (rows_in(tmp_path / name, [row(name, ("a", 1))]) for name in ("one", "two"))
+    assert len(prepare(make_data([one, two], "query_text", size=1), tokenizer_folder, tmp_path / "run")) == 2
+    said, warned = capsys.readouterr()
+    assert "data: 2 queries (0 of them in all 2 sources), " in said
+    assert warned == "warning: data.join: no query has passages in all 2 sources; do their queries' texts agree?\n"
 
 
 def test_what_the_rows_do_not_use_is_a_warning(tmp_path: Path, tokenizer_folder: Path, capsys):

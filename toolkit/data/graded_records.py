@@ -45,9 +45,10 @@ def read_graded(source: GradedSource, counts: Counter[str], skipped: Skipped | N
     """Rows of one source, in order, with the passages that its filter lets through, its first ones, its constant grade.
 
     Adds to counts: "rows"; "empty" (rows left out for want of a query or of any passage); "blank" (passages without
-    text); "missing" (judged queries and passages that a BEIR folder lacks, whose corpus is held in memory);
-    "filtered" (passages of other grades); "cut" (passages after the first that are taken); "unrelated" (docstrings of
-    the embedded corpus without code near theirs).
+    text); of a BEIR folder, whose corpus is held in memory, "missing" (judged queries and passages that it lacks),
+    "unasked" and "unnamed" (its queries without judgements, its passages that no query names); "filtered" (passages of
+    other grades); "cut" (passages after the first that are taken); "unrelated" (docstrings of the embedded corpus
+    without code near theirs).
 
     Args:
         skipped: where rows that cannot be used are counted; None: the first is an error.
@@ -197,9 +198,12 @@ def _beir(source: FolderGraded | HubGraded, counts: Counter[str], skipped: Skipp
     corpus, asked, judgements = pair_files(source)
     check_run(source, judgements)
     documents, queries = read_beir_texts(corpus, skipped), read_beir_texts(asked, skipped)
-    some = False
+    some, named = False, set[str]()
+    unasked = set(queries)
     for judged in read_judged(judgements, skipped):
         counts["rows"] += 1
+        unasked.discard(judged.query)
+        named.update(judged.passages)
         counts["missing"] += judged.query not in queries
         text = queries.get(judged.query)
         if text is None:
@@ -213,6 +217,8 @@ def _beir(source: FolderGraded | HubGraded, counts: Counter[str], skipped: Skipp
             yield GradedRow(judged.query, text, passages, judged.where)
         else:
             counts["empty"] += 1
+    counts["unasked"] += len(unasked)
+    counts["unnamed"] += sum(name not in named for name in documents)
     if not some:
         line = f"{judgements}: no query of queries.jsonl has a judged passage in corpus.jsonl; their ids must agree"
         raise RecipeError(one_line(line))

@@ -81,7 +81,7 @@ class _Queries:
 
 
 class _Held:
-    """Distinct passages, each an id and a text: the numbers that rows hold; about 400 bytes of each in memory.
+    """Distinct passages, each an id and a text: the numbers that rows hold; some 550 bytes of each in memory.
 
     Ids of one folder or dataset mean the same in all sources that read it, and nothing elsewhere. A passage without an
     id is known by its text.

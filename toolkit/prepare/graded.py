@@ -120,6 +120,8 @@ def _read(data: GradedData, counts: list[Counter[str]], meta: dict[str, Any]) ->
         "empty": "rows without a query or a passage",
         "blank": "passages without text",
         "missing": "judged texts that are missing",
+        "unasked": "queries without judgements",
+        "unnamed": "passages that no query names",
         "filtered": "passages of other grades",
         "cut": "passages after the first ones",
         "unrelated": "docstrings without code near theirs",
@@ -143,6 +145,11 @@ def _warn(meta: dict[str, Any], data: GradedData) -> None:
     """Every run says what of the prepared rows it does not use, or uses twice."""
     told, rows, group = meta["told"], meta["rows"], data.group
     lines = []
+    if meta["sources"] > 1 and not told["shared"]:
+        what = "ids" if data.join == "query_id" else "texts"
+        lines.append(
+            f"data.join: no query has passages in all {meta['sources']} sources; do their queries' {what} agree?"
+        )
     if told.get("repeated"):
         lines.append(
             f"data.group: {told['repeated']:,} of {rows:,} queries have fewer than {group.size} passages "
