@@ -13,7 +13,7 @@ from toolkit.data.faults import Skipped
 from toolkit.data.graded import GradedStore
 from toolkit.data.graded_records import read_graded
 from toolkit.data.graded_write import How, write_graded
-from toolkit.prepare.graded import picks_of, whose_ids
+from toolkit.prepare.graded import picks_of, shared_ids
 from toolkit.recipe.graded import GradedData
 
 FIXTURES = Path(__file__).parent / "fixtures" / "graded"
@@ -67,7 +67,8 @@ def make_store(
 ) -> GradedStore:
     folder.mkdir(parents=True)
     how = How(data.join, picks_of(data), data.group, prefixes)
-    sources = [(whose_ids(source), read_graded(source, Counter(), skipped)) for source in data.sources]
+    rows = (read_graded(source, Counter(), skipped) for source in data.sources)
+    sources = list(zip(shared_ids(data), rows, strict=True))
     write_graded(sources, how, encode, folder, skipped)
     return GradedStore(folder)
 

@@ -91,16 +91,17 @@ class _Held:
         self.text = array("q")  # number of each one's text
         self.examples: list[str] = []  # the first texts
         self._texts, self._prefix = texts, prefix
-        self._ids: list[tuple[str, str]] = []  # (id, whose)
-        self._numbers: dict[tuple[str, str, int], int] = {}
+        self._ids: list[tuple[str, int]] = []  # (id, whose)
+        self._numbers: dict[tuple[str, int, int], int] = {}
 
-    def number(self, passage: Passage, whose: str) -> int:
+    def number(self, passage: Passage, whose: int) -> int:
+        """`whose`: the first source whose ids mean the same."""
         name, text, _ = passage
-        key = (text, "", 0) if name is None else (name, whose, hash(text))  # another text with it is one in 2^64
+        key = (text, -1, 0) if name is None else (name, whose, hash(text))  # another text with it is one in 2^64
         number = self._numbers.get(key)
         return self._add(key, text) if number is None else number
 
-    def _add(self, key: tuple[str, str, int], text: str) -> int:
+    def _add(self, key: tuple[str, int, int], text: str) -> int:
         number = self._numbers[key] = len(self.text)
         self.text.append(self._texts.number(self._prefix, text))
         self._ids.append(key[:2])
@@ -141,14 +142,14 @@ class _Part:
 
 
 def write_graded(
-    sources: Sequence[tuple[str, Iterable[GradedRow]]], how: How, encode: Encode, folder: Path, skipped: Skipped | None
+    sources: Sequence[tuple[int, Iterable[GradedRow]]], how: How, encode: Encode, folder: Path, skipped: Skipped | None
 ) -> dict[str, Any]:
     """Write rows into an existing folder; returns what is in meta.json, which comes last.
 
     Rows joined by query id are sorted by it, others stand as they came. Passages stay on disk, not in memory.
 
     Args:
-        sources: whose ids its passages have, and its rows.
+        sources: of each the first one whose ids mean the same, and its rows.
         encode: token ids of texts that have their prefix.
         skipped: where rows are counted that name no query, or have too few passages; None: the first is an error.
     """
@@ -170,7 +171,7 @@ def write_graded(
 
 
 def _write_part(
-    rows: Iterable[GradedRow], whose: str, queries: _Queries, held: _Held, folder: Path, skipped: Skipped | None
+    rows: Iterable[GradedRow], whose: int, queries: _Queries, held: _Held, folder: Path, skipped: Skipped | None
 ) -> array:
     """Write what a source says as it comes; returns the row of the store of each of its rows."""
     row_of = array("q")

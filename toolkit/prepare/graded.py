@@ -20,7 +20,7 @@ from toolkit.prepare.models import ids_digest, text_ids
 from toolkit.prepare.sources import prepared_folder
 from toolkit.ranks.together import open_everywhere, together
 from toolkit.recipe.errors import RecipeError
-from toolkit.recipe.graded import FolderGraded, GradedData, GradedSource
+from toolkit.recipe.graded import FolderGraded, GradedData
 from toolkit.recipe.models import EncoderSettings
 from toolkit.recipe.sources import source_name
 
@@ -42,8 +42,8 @@ def prepare_graded(data: GradedData, encoder: EncoderSettings, tokenizer_folder:
         counts = [Counter[str]() for _ in data.sources]
         skipped = skipping(data.faulty_rows)
         sources = [
-            (whose_ids(source), _some(read_graded(source, counts[number], skipped), number, counts[number]))
-            for number, source in enumerate(data.sources)
+            (whose, _some(read_graded(source, counts[number], skipped), number, counts[number]))
+            for number, (source, whose) in enumerate(zip(data.sources, shared_ids(data), strict=True))
         ]
         how = How(data.join, picks_of(data), data.group, (encoder.query_prefix, encoder.passage_prefix))
         meta = write_graded(sources, how, text_ids(encoder, tokenizer_folder), work, skipped)
@@ -69,9 +69,13 @@ def picks_of(data: GradedData) -> Picks:
     return [None if source.pick is None else source.pick.random for source in data.sources]
 
 
-def whose_ids(source: GradedSource) -> str:
-    """Where the ids of a source's passages mean the same: its folder or dataset."""
-    return str(expanded(source.folder).resolve()) if isinstance(source, FolderGraded) else source_name(source)
+def shared_ids(data: GradedData) -> list[int]:
+    """Of each source the first one whose ids mean the same, as they do within a folder or a dataset."""
+    whose = [
+        str(expanded(source.folder).resolve()) if isinstance(source, FolderGraded) else source_name(source)
+        for source in data.sources
+    ]
+    return [whose.index(name) for name in whose]
 
 
 def _some(rows: Iterator[GradedRow], number: int, counts: Counter[str]) -> Iterator[GradedRow]:
@@ -93,7 +97,7 @@ def _key(data: GradedData, contents: list[str], encoder: EncoderSettings, tokeni
         _LAYOUT,
         contents,
         [source.model_dump(mode="json", exclude={"folder", "judgements"}) for source in data.sources],
-        _ids_shared(data),
+        shared_ids(data),
         data.join,
         data.faulty_rows,
         # What decides which rows have enough passages, and what is said of the others.
@@ -103,12 +107,6 @@ def _key(data: GradedData, contents: list[str], encoder: EncoderSettings, tokeni
         [encoder.max_tokens, encoder.append_eos],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _ids_shared(data: GradedData) -> list[int]:
-    """For each source the first one whose ids mean the same."""
-    whose = [whose_ids(source) for source in data.sources]
-    return [whose.index(name) for name in whose]
 
 
 # --------------------------------------------------------------------------- what is said
