@@ -38,7 +38,10 @@ def data_lines(recipe: Recipe, index: int, found: Ahead) -> Lines:
     lines.append(("epochs", _epochs(recipe, index, [count for count, _ in counts], looks, tokenizer)))
     if isinstance(tokenizer, str):
         return [*lines, ("example row", f"not shown: {tokenizer}")]
-    first = next(((n, each) for (i, n), each in found.looks.items() if i == index and (each.pairs or each.texts)), None)
+    shown = (
+        (n, each) for (i, n), each in found.looks.items() if i == index and (each.pairs or each.texts or each.graded)
+    )
+    first = next(shown, None)
     if first is None:
         return [*lines, ("example row", "not shown: no row of a local source was looked at")]
     if None in stage.encoder.model_dump(exclude={"append_eos"}).values():

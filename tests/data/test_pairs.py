@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from toolkit.data.pair_records import PairRecord
-from toolkit.data.pairs import PairBatch, PairPlan, PairStore, collate_pairs, text_key, write_pairs
+from toolkit.data.pairs import PairBatch, PairPlan, PairStore, collate_pairs, write_pairs
+from toolkit.data.text_store import text_key
 
 # --------------------------------------------------------------------------- store
 

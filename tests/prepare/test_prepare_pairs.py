@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.data.pair_records import read_pairs
-from toolkit.data.pairs import PairStore, text_key
+from toolkit.data.pairs import PairStore
+from toolkit.data.text_store import text_key
 from toolkit.data.tokens import tokenize
 from toolkit.data.train_tokenizer import train_tokenizer
 from toolkit.models.backbone import load_tokenizer

@@ -140,6 +140,7 @@ def test_the_shipped_recipes_are_these():
         "tiny/mined.json",
         "tiny/recontriever.json",
         "tiny/revela.json",
+        "tiny/sycl.json",
     ]
 
 

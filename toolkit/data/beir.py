@@ -19,12 +19,17 @@ _UNNAMEABLE = re.compile(r"[\0\t\r\n]")  # ends an id in a file of judgements, o
 
 def beir_splits(folder: Path) -> list[str]:
     """Names of a folder's splits, sorted; RecipeError if a part of the layout is missing."""
-    for part in ("corpus.jsonl", "queries.jsonl", "qrels"):
+    check_parts(folder, ("corpus.jsonl", "queries.jsonl", "qrels"))
+    return sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+
+
+def check_parts(folder: Path, parts: tuple[str, ...]) -> None:
+    """RecipeError if a part of the layout is missing from a folder."""
+    for part in parts:
         if not (folder / part).exists():
             raise RecipeError(
                 f"{one_line(folder)}: {part} is missing; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv"
             )
-    return sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
 
 
 def read_beir_texts(path: Path, skipped: Skipped | None = None) -> dict[str, str]:

@@ -6,7 +6,7 @@ Called by the methods, for the launcher's look ahead and the dry run, and by pre
 import json
 import os
 from collections import Counter
-from itertools import islice
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 
 from toolkit.data.beir import beir_rows, read_judgements, titled
 from toolkit.data.faults import Skipped, listed, skipping
+from toolkit.data.graded_records import GradedRow
 from toolkit.data.lines import numbered_lines
 from toolkit.data.pair_records import Layout, PairRecord, first_pairs, pair_files, pair_layout, read_pairs
 from toolkit.data.records import Record, RowFault, first_records, read_rows, text_columns
 from toolkit.data.source_files import data_files, other_files, source_files
 from toolkit.files import expanded
 from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.graded import FolderGraded
 from toolkit.recipe.pairs import FolderPairs, HubPairs, PairsData, PairSource, StdlibPairs
 from toolkit.recipe.sources import FolderSource, HubSource, Source, StdlibSource, source_name
 from toolkit.recipe.texts import FolderTexts, HubTexts, StdlibTexts, TextsData
@@ -39,6 +41,7 @@ class Look(NamedTuple):
     pairs: list[PairRecord]  # the first of a source of pairs
     texts: list[Record]  # the first of another source
     negatives: bool | None  # whether a row has one; None where that is not known
+    graded: Sequence[GradedRow] = ()  # the first of a source of graded rows
 
 
 def look_at_texts(source: HubTexts | FolderTexts | StdlibTexts, data: TextsData) -> Look:
@@ -50,14 +53,14 @@ def look_at_texts(source: HubTexts | FolderTexts | StdlibTexts, data: TextsData)
     """
     if isinstance(source, StdlibTexts):
         return Look(source_name(source), "", [], [], [], [], False)
-    skipped, name = skipping(data.faulty_rows), _name(source)
+    skipped, name = skipping(data.faulty_rows), name_with_files(source)
     found = list(dict.fromkeys(column for columns in _columns(source, skipped) for column in columns))
     texts = list(first_records(source, FIRST, skipping(data.faulty_rows)))
     fields = source.fields
     used = {"text": fields.text, "title": fields.title, "document": fields.document}
     used = {key: column for key, column in used.items() if column in text_columns(source) and column in found}
     unused = [column for column in found if column not in used.values()]
-    return Look(name, _line(name, used, unused), found, unused, [], texts, None)
+    return Look(name, columns_line(name, used, unused), found, unused, [], texts, None)
 
 
 def look_at_pairs(source: PairSource, data: PairsData) -> Look:
@@ -71,7 +74,7 @@ def look_at_pairs(source: PairSource, data: PairsData) -> Look:
         return Look(source_name(source), "", [], [], [], [], False)
     if isinstance(source, FolderPairs) and source.format == "beir":
         return _look_at_beir(source, data)
-    name = _name(source)
+    name = name_with_files(source)
     rows_of = _columns(source, skipping(data.faulty_rows))
     found = list(dict.fromkeys(column for columns in rows_of for column in columns))
     pairs = list(first_pairs(source, FIRST, skipping(data.faulty_rows)))
@@ -84,7 +87,7 @@ def look_at_pairs(source: PairSource, data: PairsData) -> Look:
     unused = [column for column in found if column not in layout.columns()]
     idle = [] if data.negatives else [f"{column} (data.negatives is 0)" for column in layout.negatives]
     negatives = _any_negative(source, pairs, layout, data)
-    return Look(name, _line(name, used, idle + unused), found, unused, pairs, [], negatives)
+    return Look(name, columns_line(name, used, idle + unused), found, unused, pairs, [], negatives)
 
 
 def check_limit(source: PairSource) -> None:
@@ -121,7 +124,7 @@ def _held(each: Look) -> str:
     return f"columns {listed(each.columns)}" if each.columns else "which holds none"
 
 
-def _name(source: HubSource | FolderSource) -> str:
+def name_with_files(source: HubSource | FolderSource) -> str:
     """A source with its split and, of a folder, which of its files are read and which are not."""
     if isinstance(source, HubSource):
         return f"dataset {source.hub}, split {source.split}"
@@ -158,7 +161,7 @@ def _layout(rows_of: list[list[str]], source: HubPairs | FolderPairs, data: Pair
     return None
 
 
-def _line(name: str, used: dict[str, str], unused: list[str]) -> str:
+def columns_line(name: str, used: dict[str, str], unused: list[str]) -> str:
     """E.g. "pairs.jsonl: query = anchor, positive = positive; not used: score"."""
     roles = ", ".join(f"{key} = {column}" for key, column in used.items()) or "each row a list of texts"
     return one_line(f"{name}: {roles}" + (f"; not used: {listed(unused)}" if unused else ""))
@@ -184,17 +187,9 @@ def _look_at_beir(source: FolderPairs, data: PairsData) -> Look:
     corpus, asked, judgements = pair_files(source)
     skipped = skipping(data.faulty_rows)
     qrels = read_judgements(judgements, skipped=skipped)
-    rows = islice(beir_rows(asked, skipped), SEARCHED)
-    queries = dict(islice(((row_id, titled(row)) for row_id, row, _ in rows if row_id in qrels), FIRST))
+    queries, _ = texts_among(asked, qrels.keys(), skipped, lambda _, texts: len(texts) == FIRST)
     wanted = {document for query in queries for document in qrels[query]}
-    documents: dict[str, str] = {}
-    columns: dict[str, None] = {}
-    for number, (row_id, row, _) in enumerate(beir_rows(corpus, skipped), start=1):
-        columns |= dict.fromkeys(row)
-        if row_id in wanted:
-            documents[row_id] = titled(row)
-        if (number >= FIRST and documents) or number == SEARCHED:
-            break
+    documents, columns = texts_among(corpus, wanted, skipped, lambda number, texts: number >= FIRST and bool(texts))
     pairs = []
     for query, text in queries.items():
         positives = [documents[d] for d, grade in qrels[query].items() if grade > 0 and documents.get(d)]
@@ -207,6 +202,25 @@ def _look_at_beir(source: FolderPairs, data: PairsData) -> Look:
     parts = [f"judged queries of {judgements.name}", *([judged] if judged else []), f"passages = {' and '.join(used)}"]
     line = f"{source.folder}: {', '.join(parts)}" + (f"; not used: {listed(unused)}" if unused else "")
     return Look(f"{source.folder}, {judgements.name}", one_line(line), [], unused, pairs, [], some)
+
+
+def texts_among(
+    path: Path, wanted: Container[str], skipped: Skipped | None, enough: Callable[[int, dict[str, str]], bool]
+) -> tuple[dict[str, str], list[str]]:
+    """The texts of some ids among the first rows of a corpus or of queries, and the columns of these rows.
+
+    Args:
+        enough: (rows read, texts found) -> whether to stop; after SEARCHED rows in any case.
+    """
+    texts: dict[str, str] = {}
+    columns: dict[str, None] = {}
+    for number, (row_id, row, _) in enumerate(beir_rows(path, skipped), start=1):
+        columns |= dict.fromkeys(row)
+        if row_id in wanted:
+            texts[row_id] = titled(row)
+        if number == SEARCHED or enough(number, texts):
+            break
+    return texts, list(columns)
 
 
 # --------------------------------------------------------------------------- how many rows
@@ -222,10 +236,16 @@ def count_rows(source: Source) -> tuple[int | None, str]:
         return None, "not counted: the embedded corpus"
     if isinstance(source, HubSource):
         return None, "not counted: a dataset of the hub"
-    if isinstance(source, FolderPairs) and source.format == "beir":
-        return len(read_judgements(pair_files(source)[2], skipped=Skipped())), "judged queries"
+    if isinstance(source, FolderPairs | FolderGraded) and source.format == "beir":
+        files = pair_files(source)[2:]
+        if files[0].suffix == ".tsv":
+            return len(read_judgements(files[0], skipped=Skipped())), "judged queries"
+        if not files[0].name.endswith(tuple(_COUNTED)):
+            return None, f"not counted: {one_line(files[0].name)} has several lines for a query"
+    else:
+        files = source_files(source)
     total, ways = 0, {}
-    for path in source_files(source):
+    for path in files:
         if path.suffix == ".parquet":
             try:
                 total += pq.read_metadata(path).num_rows

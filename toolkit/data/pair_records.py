@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.data.beir import beir_splits, read_beir_texts, read_judgements
+from toolkit.data.beir import beir_splits, check_parts, read_beir_texts, read_judgements
 from toolkit.data.faults import RowFault, Skipped, leave_out, listed, some_usable
 from toolkit.data.hub import hub_dataset
 from toolkit.data.records import (
@@ -31,6 +31,7 @@ from toolkit.data.stdlib_corpus import collection, summary
 from toolkit.data.stdlib_names import named_code
 from toolkit.files import expanded
 from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.graded import FolderGraded
 from toolkit.recipe.pairs import FolderPairs, HubPairs, PairFields, PairSource, StdlibPairs
 from toolkit.recipe.sources import FolderSource, HubSource, Source, StdlibSource, source_name
 
@@ -99,16 +100,22 @@ def content_hash(source: Source) -> str:
 
 
 def pair_files(source: FolderSource) -> list[Path]:
-    """The files that hold a folder's pairs; of format beir corpus, queries and the split's judgements.
+    """The files that hold a folder's rows; of format beir corpus, queries and judgements.
 
     Raises:
         RecipeError: if there are none; for beir, with the splits there are.
     """
-    if not isinstance(source, FolderPairs) or source.format != "beir":
+    if not isinstance(source, FolderPairs | FolderGraded) or source.format != "beir":
         return source_files(source)
     folder, split = expanded(source.folder), source.split or BEIR_SPLIT
     if not os.path.isdir(folder):
         raise RecipeError(f"data.sources: {one_line(source.folder)} is no folder; name a folder in BEIR layout")
+    if isinstance(source, FolderGraded) and source.judgements is not None:
+        check_parts(folder, ("corpus.jsonl", "queries.jsonl"))
+        judgements = expanded(source.judgements)
+        if not os.path.isfile(judgements):
+            raise RecipeError(f"data.sources: {one_line(source.judgements)} is no file; name a file of judgements")
+        return [folder / "corpus.jsonl", folder / "queries.jsonl", judgements]
     splits = beir_splits(folder)
     if split not in splits:
         fix = f"set split to {' or '.join(splits)}" if splits else "put the judgements there"

@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from toolkit.data.known_positives import write_known
 from toolkit.data.pair_records import PairRecord
+from toolkit.data.text_store import DOCUMENT, QUERY, Encode, Texts, padded
 from toolkit.data.token_store import TokenRows, TokenWriter
 from toolkit.data.tokens import Tokens
 from toolkit.determinism import generator
@@ -29,46 +30,9 @@ from toolkit.recipe.errors import RecipeError
 # --------------------------------------------------------------------------- pairs on disk
 
 _EXAMPLES = 8
-_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 1 << 23
-_QUERY, _DOCUMENT = b"query", b"document"
 
 Prefixes = tuple[str, str]  # of queries, of passages
-Encode = Callable[[list[str]], list[list[int]]]
 Mix = Literal["rows", "pools"]
-
-
-def text_key(text: str, side: bytes) -> int:
-    """63 bits of a text's content: equal texts of one side have equal keys, those of two sides have not."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=side).digest(), "little") >> 1
-
-
-class _Texts:
-    """The distinct texts of one side, numbered as they come, tokenised in batches; holds about 125 bytes of each."""
-
-    def __init__(self, writer: TokenWriter, side: bytes, encode: Encode) -> None:
-        self.keys = array("q")  # of each text, without its prefix
-        self._writer, self._side, self._encode = writer, side, encode
-        self._numbers: dict[str, dict[int, int]] = {}  # of each prefix: key -> number
-        self._waiting: list[str] = []
-        self._characters = 0
-
-    def number(self, prefix: str, text: str) -> int:
-        key = text_key(text, self._side)
-        known = self._numbers.setdefault(prefix, {})
-        if key not in known:
-            known[key] = len(self.keys)
-            self.keys.append(key)
-            self._waiting.append(prefix + text)
-            self._characters += len(text)
-            if len(self._waiting) == _TEXTS_AT_ONCE or self._characters > _CHARACTERS_AT_ONCE:
-                self.flush()
-        return known[key]
-
-    def flush(self) -> None:
-        if self._waiting:
-            for row in self._encode(self._waiting):
-                self._writer.append(row)
-        self._waiting, self._characters = [], 0
 
 
 def write_pairs(
@@ -90,7 +54,7 @@ def write_pairs(
     with ExitStack() as files:
         names = ("query", "document", "positives", "negatives")
         query, document, positives, negatives = (files.enter_context(TokenWriter(folder, name)) for name in names)
-        queries, documents = _Texts(query, _QUERY, encode), _Texts(document, _DOCUMENT, encode)
+        queries, documents = Texts(query, QUERY, encode), Texts(document, DOCUMENT, encode)
         for source, record in records:
             query_prefix, passage_prefix = prefixes[source]
             own = dict.fromkeys(documents.number(passage_prefix, text) for text in record.positives)
@@ -316,27 +280,14 @@ def collate_pairs(
     known_key[np.arange(known_key.shape[1]) < [[len(of_row)] for of_row in known]] = np.concatenate(known)
     end = store.query.ids[store.query.offsets[query + 1] - 1]  # a token that the model knows
     return PairBatch(
-        query=_padded(store.query, query, end, pad_id),
-        document=_padded(store.document, number.reshape(-1), end.repeat(positives + negatives), pad_id),
+        query=padded(store.query, query, pad_id),
+        document=padded(store.document, number.reshape(-1), pad_id, end.repeat(positives + negatives)),
         query_key=torch.from_numpy(store.query_key[query]),
         positive_key=torch.from_numpy(key[:, :positives].copy()),
         negative_key=torch.from_numpy(key[:, positives:].copy()),
         known_key=torch.from_numpy(known_key),
         weight=torch.from_numpy(store.weight[rows]),
     )
-
-
-def _padded(texts: TokenRows, numbers: np.ndarray, absent: np.ndarray, pad_id: int) -> Tokens:
-    """Texts of these numbers, right-padded; number -1 is the one token `absent` [len(numbers)] has there."""
-    there = numbers >= 0
-    first = texts.offsets[numbers]
-    length = np.where(there, texts.offsets[numbers + 1] - first, 1)
-    mask = np.arange(length.max()) < length[:, None]
-    ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    first = np.where(there, first, 0)
-    ids[mask] = texts.ids[np.arange(length.sum()) + np.repeat(first - (length.cumsum() - length), length)]
-    ids[~there, 0] = absent[~there]
-    return Tokens(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
 
 
 def _drawn(numbers: np.ndarray, slots: int, *key: int | str) -> np.ndarray:

@@ -13,12 +13,20 @@ from tempfile import TemporaryDirectory
 from toolkit.data.faults import listed
 from toolkit.files import expanded
 from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.graded import FolderGraded
 from toolkit.recipe.sources import FolderSource
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Of files that hold data too, and are not read; but for what libraries write beside data.
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".xz", ".bz2", ".zip", ".gz")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "mined.json")
+DESCRIPTIONS = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "mined.json",
+    "generated.json",
+)
 DESCRIPTIONS += ("license.txt", "readme.txt")
 
 # The words by which the datasets library tells the split of a file from its name or its folder's, and some more.
@@ -32,7 +40,8 @@ _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")  # the library'
 
 
 def source_files(source: FolderSource) -> list[Path]:
-    """The data files that a folder source reads, sorted; of a folder in BEIR layout the corpus alone.
+    """The data files that a folder source reads, sorted; of a folder in BEIR layout the corpus alone, or the
+    graded rows beside it, passages.jsonl.
 
     Of a folder that lies as it came from the hub, with configurations in its README.md, these are the files that the
     datasets library would read. Elsewhere they are the files of the folder or, where it has none, those below it; words
@@ -55,7 +64,8 @@ def source_files(source: FolderSource) -> list[Path]:
         top = [p for p in data_files(path) if p.parent == path]
         names = {p.name.split(".")[0] for p in top}
         if {"corpus", "queries"} <= names and source.config is None and source.split in (None, "train"):
-            return [p for p in top if p.name.split(".")[0] == "corpus"]
+            part = "passages" if isinstance(source, FolderGraded) and "passages" in names else "corpus"
+            return [p for p in top if p.name.split(".")[0] == part]
         if is_hub_layout(path):
             return _chosen(named, _hub_splits(path, named, source.config), [], source.split)
         files = top or data_files(path)

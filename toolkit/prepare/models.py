@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -9,13 +10,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
 from toolkit.collectives import on_rank_zero, rank
+from toolkit.data.tokens import tokenize
 from toolkit.files import expanded
 from toolkit.models.backbone import read_config
 from toolkit.models.formats import ADAPTER_CONFIG, pickled_model
 from toolkit.models.places import TOKENIZER_FILES, ModelSource, base_of_adapter, holds_bare_adapter, hub_problem
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.ranks.together import on_every_rank, together
 from toolkit.recipe.errors import RecipeError
-from toolkit.recipe.models import BuildStart, FolderStart, HubStart
+from toolkit.recipe.models import BuildStart, EncoderSettings, FolderStart, HubStart
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 NOT_MODEL_FILES = ["*/*", "consolidated*", "*.bin", "*.py"]  # */*: other formats live in subfolders
@@ -123,3 +126,20 @@ def ids_digest(folder: Path) -> list[str | int]:
         return [tokenizer_digest(folder), read_config(folder).vocab_size]
     except ValueError as error:
         raise RecipeError(f"start: {error}") from None
+
+
+def text_ids(encoder: EncoderSettings, tokenizer_folder: Path) -> Callable[[list[str]], list[list[int]]]:
+    """What gives texts that have their prefix the ids that the model of a folder reads in training.
+
+    Raises:
+        RecipeError: for a tokenizer that does not load.
+    """
+    try:
+        tokenizer = model_tokenizer(tokenizer_folder)
+    except ValueError as error:
+        raise RecipeError(f"start: {error}") from None
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return tokenize(tokenizer, texts, "", encoder.max_tokens, encoder.append_eos)
+
+    return ids

@@ -7,22 +7,19 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toolkit.data.faults import Skipped, keep_skipped, say_skipped, skipping
+from toolkit.data.faults import Skipped, keep_skipped, skipping
 from toolkit.data.first_look import look_at_pairs, no_negatives, too_few
 from toolkit.data.pair_records import PairRecord, read_pairs
 from toolkit.data.pairs import PairStore, Prefixes, write_pairs
-from toolkit.data.tokens import tokenize
 from toolkit.determinism import generator
-from toolkit.files import placing_folder
-from toolkit.models.vocabulary import model_tokenizer
-from toolkit.prepare.models import ids_digest
-from toolkit.prepare.sources import check_unchanged, known_sources
+from toolkit.prepare.models import ids_digest, text_ids
+from toolkit.prepare.sources import prepared_folder
 from toolkit.ranks.together import open_everywhere, together
 from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.models import EncoderSettings
@@ -46,23 +43,22 @@ def prepare_pairs(data: PairsData, encoder: EncoderSettings, tokenizer_folder: P
             has any, or files that change while they are read; the same on every rank.
     """
 
-    def write() -> str:
-        cache = run.parent / "prepared"
-        known = known_sources(data.sources, cache)
-        contents = [source.content for source in known]
-        folder = cache / f"pairs_{_key(data, contents, encoder, tokenizer_folder, seed)}"
-        if not folder.is_dir():
-            counts = [Counter[str]() for _ in data.sources]
-            skipped = skipping(data.faulty_rows)
-            with placing_folder(folder) as work:
-                meta = _write(_records(data, seed, counts, skipped), data, encoder, tokenizer_folder, work)
-                check_unchanged(known)
-                keep_skipped(skipped, work)
-            _announce(meta, sum(counts, Counter()))
-        say_skipped(folder)
-        return str(folder)
+    def write(work: Path) -> str:
+        counts = [Counter[str]() for _ in data.sources]
+        skipped = skipping(data.faulty_rows)
+        prefixes = [_prefixes(source, encoder) for source in data.sources]
+        records = _records(data, seed, counts, skipped)
+        meta = write_pairs(records, prefixes, text_ids(encoder, tokenizer_folder), work)
+        keep_skipped(skipped, work)
+        return _announcement(meta, sum(counts, Counter()))
 
-    store = open_everywhere(Path(together(write)), PairStore)
+    def prepare() -> str:
+        def key(contents: list[str]) -> str:
+            return _key(data, contents, encoder, tokenizer_folder, seed)
+
+        return str(prepared_folder("pairs", data.sources, run, key, write))
+
+    store = open_everywhere(Path(together(prepare)), PairStore)
     together(lambda: _check_slots(store, data))
     return store
 
@@ -95,25 +91,6 @@ def _prefixes(source: PairSource, encoder: EncoderSettings) -> Prefixes:
 
 
 # --------------------------------------------------------------------------- writing
-
-
-def _write(
-    records: Iterable[tuple[int, PairRecord]],
-    data: PairsData,
-    encoder: EncoderSettings,
-    tokenizer_folder: Path,
-    work: Path,
-) -> dict[str, Any]:
-    try:
-        tokenizer = model_tokenizer(tokenizer_folder)
-    except ValueError as error:
-        raise RecipeError(f"start: {error}") from None
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenize(tokenizer, texts, "", encoder.max_tokens, encoder.append_eos)
-
-    prefixes = [_prefixes(source, encoder) for source in data.sources]
-    return write_pairs(records, prefixes, encode, work)
 
 
 def _records(
@@ -169,12 +146,11 @@ def _check_slots(store: PairStore, data: PairsData) -> None:
                 print(f"warning: data.sources.{number}: {line}", file=sys.stderr, flush=True)
 
 
-def _announce(meta: dict[str, Any], counts: Counter[str]) -> None:
-    print(
+def _announcement(meta: dict[str, Any], counts: Counter[str]) -> str:
+    return (
         f"data: {counts['rows']:,} rows, {counts['empty']:,} of them without text; "
         + (f"{counts['missing']:,} judged texts are missing; " if counts["missing"] else "")
         + f"{sum(meta['sizes']):,} pairs, {meta['queries']:,} queries, {meta['documents']:,} documents, "
         f"{meta['hard_negatives']:,} hard negatives (data.negatives of a row are used), "
-        f"digest {meta['digest']}, {meta['tokens']:,} tokens",
-        flush=True,
+        f"digest {meta['digest']}, {meta['tokens']:,} tokens"
     )

@@ -6,12 +6,13 @@ Called on rank 0 by everything that prepares texts or pairs.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit.data.faults import say_skipped
 from toolkit.data.pair_records import content_hash, pair_fingerprint
-from toolkit.files import aside
+from toolkit.files import aside, placing_folder
 from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.sources import FolderSource, Source, source_name
 
@@ -42,6 +43,37 @@ def check_unchanged(known: Iterable[KnownSource]) -> None:
     """Raise RecipeError if a source is not as it was when its content was taken; called once it has been read."""
     for source, fingerprint, _ in known:
         _check(source, fingerprint)
+
+
+def prepared_folder(
+    kind: str,
+    sources: Iterable[Source],
+    run: Path,
+    key: Callable[[list[str]], str],
+    write: Callable[[Path], str],
+) -> Path:
+    """The folder in <run>/../prepared that holds what is made of sources; made now if it is not there yet.
+
+    Every run that uses it says which rows were left out.
+
+    Args:
+        kind: how its name begins.
+        key: hash of each source's content -> the rest of its name.
+        write: into an empty folder; returns what is printed once the folder is there.
+
+    Raises:
+        RecipeError: as `known_sources` and `write`, and for a source that changes meanwhile.
+    """
+    cache = run.parent / "prepared"
+    known = known_sources(sources, cache)
+    folder = cache / f"{kind}_{key([source.content for source in known])}"
+    if not folder.is_dir():
+        with placing_folder(folder) as work:
+            said = write(work)
+            check_unchanged(known)
+        print(said, flush=True)
+    say_skipped(folder)
+    return folder
 
 
 def _content(source: Source, fingerprint: list[Any], cache: Path) -> str:

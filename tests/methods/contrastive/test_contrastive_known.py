@@ -10,7 +10,8 @@ from tiny import build_objective, random_pairs, save_model, stage_of
 from torch import Tensor
 
 from toolkit.data.pair_records import PairRecord
-from toolkit.data.pairs import PairBatch, PairStore, collate_pairs, text_key, write_pairs
+from toolkit.data.pairs import PairBatch, PairStore, collate_pairs, write_pairs
+from toolkit.data.text_store import text_key
 from toolkit.losses.contrastive import negatives
 from toolkit.methods.contrastive.keys import ContrastiveObjective
 from toolkit.methods.contrastive.objective import Contrastive, Pool
