@@ -21,7 +21,7 @@ from eval.suites import data_state
 from launcher.ahead import look_ahead
 from launcher.dry_run import Unresolved, stage_parameters
 from launcher.environment import environment
-from launcher.lock import LOCK, locked
+from toolkit.ranks.lock import LOCK, locked
 from launcher.starts import (
     bm25_is_scored,
     evaluate_start,

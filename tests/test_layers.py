@@ -53,6 +53,7 @@ OURS: dict[str, set[str]] = {
     "toolkit.checkpoint": SEARCH | {"toolkit.prepare"},
     "toolkit.training": EVERYTHING,
     "toolkit.mine": SEARCH | {"toolkit.prepare"},
+    "toolkit.generate": SEARCH | {"toolkit.prepare"},
     "toolkit": set(),
     "eval": SEARCH,
     "launcher": EVERYTHING | {"eval"},
