@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.generate.requests import Answer, Request
 
-WORDS = "amber basalt cedar delta ember fjord granite harbor island juniper kelp lagoon meadow nectar orchid".split()
+WORDS = ("amber", "basalt", "cedar", "delta", "ember", "fjord", "granite", "harbor", "island", "kelp", "lagoon")
 
 
 def passage(query_id: str, grade: int, attempt: int = 0) -> str:

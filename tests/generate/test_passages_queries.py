@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from beir import write_beir
 
-from toolkit.data.stdlib_corpus import collection
+from toolkit.data.records import Collection
+from toolkit.generate import queries as module
 from toolkit.generate.queries import read_queries
 from toolkit.recipe.errors import RecipeError
 
@@ -55,10 +56,16 @@ def test_a_beir_folder_gives_the_queries_of_a_split(tmp_path: Path):
     assert len(every.chosen) >= len(judged)
 
 
-def test_the_embedded_corpus_gives_training_docstrings():
-    found = read_queries("stdlib", None, None, 1)
-    queries = collection("train").queries
-    assert dict(found.chosen).items() <= queries.items() and found.total + found.repeated == len(queries)
+def test_the_embedded_corpus_gives_training_docstrings(monkeypatch):
+    asked = []
+
+    def small(split: str) -> Collection:
+        asked.append(split)
+        return Collection("stdlib", {}, {"q:a.py:f:1": "Return the first.", "q:a.py:g:9": "Return the last."}, {})
+
+    monkeypatch.setattr(module, "collection", small)
+    assert read_queries("stdlib", None, None, 1).chosen[1] == ("q:a.py:g:9", "Return the last.")
+    assert asked == ["train"]
     with pytest.raises(RecipeError, match="--split: stdlib has none"):
         read_queries("stdlib", "test", None, 1)
 

@@ -36,8 +36,14 @@ def test_the_shipped_template_is_one(form: str, tmp_path: Path):
     ("change", "problem"),
     [
         (("Query: $query\n", "Query:\n"), r"\[together\]: no text holds \$query"),
-        (("Query: $query\n", "Query: $qeury\n"), r"\[together\]: user: unknown placeholder \$qeury; did you mean query"),
-        (("Query: $query\n", "Query: $query costs $5\n"), r"\[together\]: user: a \$ begins no placeholder; write \$\$"),
+        (
+            ("Query: $query\n", "Query: $qeury\n"),
+            r"\[together\]: user: unknown placeholder \$qeury; did you mean query",
+        ),
+        (
+            ("Query: $query\n", "Query: $query costs $5\n"),
+            r"\[together\]: user: a \$ begins no placeholder; write \$\$",
+        ),
         (("[together] #", "[togehter] #"), r"unknown table 'togehter'; those of a template are grades, together"),
         (("\nsystem = '''", "\nsystme = '''"), r"\[together\]: unknown text 'systme'; did you mean system\?"),
         (('"0" = "A wrong hit', '"4" = "A wrong hit'), r"\[grades\] has 3, 2, 1, 4; write 3, 2, 1 and 0"),

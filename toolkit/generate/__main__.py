@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     0; 2 after one line that says what is wrong; 4 if answers of batch files are waited for; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m toolkit.generate", description="Texts by a language model.")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(dest="command", required=True)
     _add_passages(commands.add_parser("passages", help="for queries, passages of the grades 3, 2, 1 and 0"))
     arguments = parser.parse_args(argv)
@@ -56,7 +57,6 @@ def _add_passages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help=dry)
     rate = "tokens that the model writes a second, for the hours of --dry-run"
     parser.add_argument("--tokens-per-second", type=float, metavar="N", help=rate)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 
 
 if __name__ == "__main__":
