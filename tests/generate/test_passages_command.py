@@ -267,6 +267,7 @@ def test_a_dry_run_asks_and_writes_nothing(opened, queries: Path, tmp_path: Path
 def test_progress_in_a_pipe_is_a_line_now_and_then(opened: Opened, queries: Path, tmp_path: Path, capsys, monkeypatch):
     run(queries, tmp_path / "out", "--limit", "3")
     said = capsys.readouterr()
+    assert said.out.startswith("0 of 3 queries are finished; asks for 3\n")
     assert said.out.count(" of 3 queries: ") == 1 and said.err == ""  # the last one
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
     opened(ScriptedEngine(lambda request: "short" if request.name == "q0/all/0" else right(request)))

@@ -81,6 +81,12 @@ def test_one_worked_example_is_shown_and_never_that_of_the_query(tmp_path: Path)
     assert "second example of 1" in single.user and "of 2" not in single.user
 
 
+def test_an_example_that_is_no_unicode_is_one_line(tmp_path: Path):
+    path = examples(tmp_path / "e.jsonl", "half \ud800")
+    with pytest.raises(RecipeError, match=r"e.jsonl: line 1: 'the worked example' holds half a surrogate pair"):
+        read_prompts("together", None, path, 1)
+
+
 @pytest.mark.parametrize(
     "row",
     [

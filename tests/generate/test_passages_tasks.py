@@ -100,6 +100,16 @@ def test_a_request_that_the_engine_refuses_is_not_asked_again(form: str):
     assert found["a"]["causes"] == [gate.REFUSED] and found["a"]["reasons"] == [failed.failed]
 
 
+@pytest.mark.parametrize("form", ["together", "one-by-one"])
+def test_hostile_answers_leave_a_record_that_can_be_written(form: str):
+    texts = ["\ud800" * 20, "\x00" * 40, json.dumps({f"grade_{g}": "\ud800 word" * 20 for g in GRADES}), "{" * 3000]
+    for text in texts:
+        record = run(form, lambda request, text=text: text, "a")[0]["a"]
+        assert not record["kept"] and json.dumps(record, ensure_ascii=False).encode()
+    failed = run(form, lambda request: Answer(request.name, "", False, 0, 0, "bad \ud800\nline"), "a")[0]["a"]
+    assert failed["reasons"] == ["bad \\ud800\\nline"] and json.dumps(failed, ensure_ascii=False).encode()
+
+
 def test_one_grade_is_asked_for_again_alone_and_sees_the_better_ones():
     wrong = first_wrong(Answer("", "cut", True, 5, 5), "a/1/0")
     engine = ScriptedEngine(wrong)

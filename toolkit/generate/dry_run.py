@@ -1,6 +1,8 @@
 """What writing passages will take, and one prompt; no network, and nothing is written. Called by the command."""
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator
 
 from toolkit.files import expanded
@@ -16,7 +18,7 @@ _FIELD = 12  # tokens of the JSON around a passage
 
 
 def dry_run(arguments: argparse.Namespace, queries: Queries, prompts: Prompts, sampling: Sampling) -> None:
-    """Print calls, tokens, hours and the first prompt.
+    """Print calls, tokens, hours and the first prompt, into a pipe that may be closed, as by `| head`.
 
     Raises:
         RecipeError: for a throughput that is no number above 0.
@@ -31,23 +33,25 @@ def dry_run(arguments: argparse.Namespace, queries: Queries, prompts: Prompts, s
     looked_at = chosen[:: max(1, len(chosen) // _LOOKED_AT)]
     requests = (one for query in looked_at for one in _requests(prompts, query, sampling))
     found = total(requests, count, len(chosen) / len(looked_at))
-    print(
+    lines = [
         f"queries: {len(chosen):,} of {queries.total:,} different ones; {queries.repeated:,} rows repeat an earlier "
-        f"one, {queries.empty:,} are empty\n"
-        f"calls: {found.calls:,} ({prompts.form}), and one more for each answer that is refused\n"
-        f"tokens read: {found.prompt_tokens:,.0f} ({found.prompt_tokens / found.calls:,.0f} a call; {rule})\n"
+        f"one, {queries.empty:,} are empty",
+        f"calls: {found.calls:,} ({prompts.form}), and one more for each answer that is refused",
+        f"tokens read: {found.prompt_tokens:,.0f} ({found.prompt_tokens / found.calls:,.0f} a call; {rule})",
         f"tokens written: {found.tokens:,.0f} ({found.tokens / found.calls:,.0f} a call; {TOKENS_PER_SENTENCE} a "
-        f"sentence, {_SENTENCES} sentences where the length is left open)"
-    )
+        f"sentence, {_SENTENCES} sentences where the length is left open)",
+    ]
     if rate is None:
-        print("hours: add --tokens-per-second N, what the model writes a second with many requests under way")
+        lines.append("hours: add --tokens-per-second N, what the model writes a second with many requests under way")
     else:
-        print(f"hours: {found.tokens / rate / 3600:,.2f} at {rate:,.0f} tokens written a second")
-    print(f"template: {prompts.hash()}")
+        lines.append(f"hours: {found.tokens / rate / 3600:,.2f} at {rate:,.0f} tokens written a second")
     shown = next(_requests(prompts, chosen[0], sampling))[0]
-    print(
-        f"the first prompt ({shown.name}):\n\n--- system ---\n{shown.system}\n\n--- user ---\n{shown.user}", flush=True
-    )
+    lines += [f"template: {prompts.hash()}", f"the first prompt ({shown.name}):", ""]
+    lines += ["--- system ---", shown.system, "", "--- user ---", shown.user]
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # nothing more can be said there, at the end of the process neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _requests(prompts: Prompts, query: Query, sampling: Sampling) -> Iterator[tuple[Request, float]]:

@@ -25,6 +25,7 @@ from toolkit.generate.requests import Engine, Sampling
 from toolkit.generate.tasks import task_of
 from toolkit.generate.template import template_hash
 from toolkit.generate.written import Part, begun_with, check_same, finished, held, mend, write_run
+from toolkit.ranks.last_words import is_first_rank
 from toolkit.ranks.roll_call import join_ranks
 from toolkit.ranks.together import on_every_rank, together
 from toolkit.recipe.errors import RecipeError
@@ -58,7 +59,8 @@ def passages(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise RecipeError(f"--limit: {arguments.limit} is no number of queries; write 1 or more")
     if arguments.dry_run:
-        dry_run(arguments, *_asked(arguments))
+        if is_first_rank():
+            dry_run(arguments, *_asked(arguments))
         return
     device = join_ranks()
     if world_size() > 1 and (arguments.server is not None or arguments.batch_file is not None):

@@ -30,6 +30,9 @@ class Progress:
             total=total, initial=done_before, unit=unit, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
         )
 
+        if shown and self._bar.disable:
+            print(f"{done_before:,} of {total:,} {unit} are finished; asks for {total - done_before:,}", flush=True)
+
     def __enter__(self) -> Self:
         return self
 

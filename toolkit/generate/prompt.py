@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.lines import numbered_lines, parsed
+from toolkit.data.records import check_encodable
 from toolkit.determinism import generator
 from toolkit.generate.queries import Query
 from toolkit.generate.requests import Request
@@ -123,6 +124,7 @@ def _read_examples(path: Path) -> list[Example]:
         there = len(passages) == len(GRADES) and set(texts) == set(GRADES)
         if not there or not all(isinstance(text, str) and text.strip() for text in texts.values()):
             raise problem
+        check_encodable("".join([row["query"], *texts.values()]), "the worked example", at)
         found.append(Example(row["query"].strip(), {grade: texts[grade].strip() for grade in GRADES}))
     if not found:
         raise RecipeError(f"{one_line(path)}: holds no worked example; write one a line, or leave --examples out")

@@ -20,6 +20,7 @@ from toolkit.generate.prompt import (
 )
 from toolkit.generate.queries import Query
 from toolkit.generate.requests import Answer, Request
+from toolkit.recipe.errors import one_line
 
 ATTEMPTS = 2  # a refused answer is asked for once more, with another seed
 
@@ -44,7 +45,7 @@ class Common:
     def _refuse(self, cause: str, answer: Answer) -> None:
         self._causes.append(cause)
         if answer.failed:
-            self._reasons.append(answer.failed)
+            self._reasons.append(one_line(answer.failed, 300))
 
     def _fault(self, text: str, others: Iterable[str]) -> str:
         cause = gate.text_fault(text, self._query.text)
