@@ -1,6 +1,8 @@
 """The command `toolkit.generate passages`: what it writes, going on, what it refuses, dry runs, progress, Ctrl-C."""
 
+import errno
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from toolkit.data.pair_records import read_pairs
 from toolkit.generate import order, passages, progress, written
 from toolkit.generate.__main__ import main
 from toolkit.generate.requests import Answer, Request
+from toolkit.recipe.errors import RecipeError
 
 Opened = Callable[[ScriptedEngine], ScriptedEngine]
 
@@ -170,6 +173,18 @@ def test_a_server_that_has_another_model_now_is_refused(opened: Opened, queries:
     assert "was begun with model first, now second" in capsys.readouterr().err
 
 
+def test_a_start_that_came_to_nothing_binds_nobody(opened: Opened, queries: Path, tmp_path: Path, capsys):
+    def no_engine(*_: object) -> str:
+        raise RecipeError("http://localhost:1/v1: cannot be reached")
+
+    opened(ScriptedEngine(no_engine))
+    assert run(queries, tmp_path / "out", "--temperature", "1.9", model="misspelt") == 2
+    assert capsys.readouterr().err == "error: http://localhost:1/v1: cannot be reached\n"
+    opened(ScriptedEngine())
+    assert run(queries, tmp_path / "out") == 0
+    assert record(tmp_path / "out")["begun_with"]["temperature"] == 0.8
+
+
 def test_two_commands_in_one_folder(opened, queries: Path, tmp_path: Path, capsys):
     with written.held(tmp_path / "out"):
         assert run(queries, tmp_path / "out") == 2
@@ -235,6 +250,22 @@ def test_a_model_that_writes_garbage_leaves_a_report_and_no_source(
     assert "no query has a passage of every grade; see report.md there for the causes" in capsys.readouterr().err
     assert record(output)["rejections"] == {"grade missing": 24} and record(output)["order"] == []
     assert "0 of them (0.0%)" in (output / "report.md").read_text()
+
+
+def test_a_full_disk_at_the_end_is_one_line_and_mended_by_the_same_command(
+    opened: Opened, queries: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(passages, "write_report", full)
+    assert run(queries, output) == 2
+    said = capsys.readouterr().err
+    assert said == "error: the disk: cannot be used (No space left on device); mend it, or choose another --output\n"
+    assert not (output / "generated.json").exists()
+    monkeypatch.undo()
+    assert run(queries, output) == 0 and record(output)["counts"]["kept"] == 12
 
 
 def test_batch_answers_that_are_not_there_are_waited_for(opened: Opened, queries: Path, tmp_path: Path, capsys):

@@ -24,7 +24,7 @@ from toolkit.generate.report import Report, write_report
 from toolkit.generate.requests import Engine, Sampling
 from toolkit.generate.tasks import task_of
 from toolkit.generate.template import template_hash
-from toolkit.generate.written import Part, begun_with, check_same, finished, held, mend, write_run
+from toolkit.generate.written import Part, begun_with, check_same, finished, held, is_empty, mend, write_run
 from toolkit.ranks.last_words import is_first_rank
 from toolkit.ranks.roll_call import join_ranks
 from toolkit.ranks.together import on_every_rank, together
@@ -106,7 +106,7 @@ def _begin(job: Job, arguments: argparse.Namespace) -> str:
     """Make the folder, or see that it holds this generation; returns a name for this session."""
     mend(job.output)
     limit, found = len(job.queries.chosen), begun_with(job.output)
-    if found is None:
+    if found is None or is_empty(job.output):  # a start that came to nothing, for want of its engine, binds nobody
         found = {"begun_with": job.begun_with, "model": None, "limit": limit, "engines": {}}
     check_same(job.output, found["begun_with"], job.begun_with)
     asked_for = model_asked_for(arguments)

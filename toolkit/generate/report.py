@@ -16,6 +16,7 @@ from toolkit.generate.graded_files import RECORD, REPORT, SPLIT, Counts, Sampled
 from toolkit.generate.order import Order
 from toolkit.generate.prompt import GRADES
 
+BATCH_FILE = "batch file"  # what that engine calls itself
 SHOWN = 10  # queries with their passages
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _SHARES = (0.1, 0.5, 0.9)
@@ -70,7 +71,7 @@ def _record(report: Report, grades: list[Grade]) -> dict[str, Any]:
         "model": report.model,
         "engines": report.engines,
         "counts": counts | {"dropped": report.counts.queries - report.counts.kept},
-        "tokens_per_second": _rate(report.counts),
+        "tokens_per_second": _rate(report),
         "rejections": dict(causes),
         "engine_said": dict(reasons),
         "first_dropped": dropped,
@@ -81,8 +82,11 @@ def _record(report: Report, grades: list[Grade]) -> dict[str, Any]:
     }
 
 
-def _rate(counts: Counts) -> float | None:
-    return round(counts.tokens / counts.seconds, 1) if counts.seconds else None
+def _rate(report: Report) -> float | None:
+    """Tokens written a second; None where answers came from batch files, whose time nobody here knows."""
+    counts = report.counts
+    by_files = any(engine["engine"] == BATCH_FILE for engine in report.engines)
+    return None if by_files or not counts.seconds else round(counts.tokens / counts.seconds, 1)
 
 
 # --------------------------------------------------------------------------- text
@@ -116,7 +120,7 @@ def _summary(report: Report) -> str:
 def _origin(report: Report) -> list[str]:
     counts, source = report.counts, report.source
     split = f", split {source['split']}" if source["split"] else ""
-    rate = _rate(counts)
+    rate = _rate(report)
     rows = [
         ("queries", f"{source['what']}{split}: {source['total']:,} different ones, {counts.queries:,} asked"),
         ("rows of queries left out", f"{source['repeated']:,} repeat an earlier one, {source['empty']:,} are empty"),
@@ -126,7 +130,7 @@ def _origin(report: Report) -> list[str]:
         ("tokens read", f"{counts.prompt_tokens:,}"),
         ("tokens written", f"{counts.tokens:,}"),
         ("time", f"{counts.seconds / 3600:,.2f} hours ({counts.seconds:,.0f} s)"),
-        ("tokens written a second", "" if rate is None else f"{rate:,.1f}"),
+        ("tokens written a second", "not known" if rate is None else f"{rate:,.1f}"),
     ]
     return table(("what", "value"), [(escaped(key), escaped(value)) for key, value in rows], 2)
 

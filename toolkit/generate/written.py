@@ -49,7 +49,11 @@ def held(output: Path) -> Iterator[None]:
 
 
 def begun_with(output: Path) -> dict[str, Any] | None:
-    """What the generation in this folder was begun with, and `limit` and `engines`; None if there is none yet."""
+    """What `write_run` kept of the generation in this folder; None if there is none yet.
+
+    Raises:
+        RecipeError: if the file is damaged.
+    """
     path = output / JOURNAL / _RUN
     if not path.is_file():
         return None
@@ -132,6 +136,11 @@ def _whole_bytes(path: Path) -> int:
             if _parsed(file.read(end - last)) is None:  # its blocks did not all reach the disk
                 return last
     return end
+
+
+def is_empty(output: Path) -> bool:
+    """Whether nothing is finished yet, once the parts are mended."""
+    return all(path.stat().st_size == 0 for path in parts(output))
 
 
 def finished(output: Path) -> dict[str, Place]:
