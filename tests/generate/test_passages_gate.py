@@ -113,6 +113,12 @@ def test_a_good_text_is_let_through():
         ("As an AI language model I say: " + LONG, gate.META),
         ("Here is the passage you asked for: " + LONG, gate.META),
         ("Sure, here you go. " + LONG, gate.META),
+        # by SmolLM2-135M-Instruct
+        ("I'm glad to see that the passage is clear and concise. " + LONG, gate.META),
+        ("Here's a rewritten version of the text with additional suggestions: " + LONG, gate.META),
+        (LONG + " The text is edited to provide a clear and accurate answer to the question.", gate.META),
+        (LONG + " It says so without repeating what was searched for.", gate.META),
+        ("This is another example of how a passage can be used to convey information to readers.", gate.META),
     ],
 )
 def test_a_faulty_text_has_a_cause(text: str, cause: str):
@@ -127,6 +133,8 @@ def test_a_faulty_text_has_a_cause(text: str, cause: str):
         ("In grade 2 children learn to add and subtract numbers up to one hundred.", "what is taught in second grade"),
         ("The relevance of a theory is judged by what can be built upon it later.", "relevance theory in linguistics"),
         ("In this passage the sea is a narrow strait which ships cross only by day.", "north west passage"),
+        ("The passage of time and the narrow passage between two rocks made the sailors doubt their maps.", "sailing"),
+        ("To answer the question of who built it, scholars date the mortar of the oldest stones.", "old walls"),
         ("For example, the question of who built the wall is still open to scholars.", "who built the wall"),
         ("Sure-footed goats and sheep cross these slopes every spring, and nobody leads them.", "goats"),
         ("Tabs\tand\nline ends are no broken characters, since manuals have lists in them.", "lists"),

@@ -3,6 +3,7 @@
 Called by the tasks, for texts of any kind, and for passages of several grades.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -45,12 +46,23 @@ _META = [
         (r"\b(?:ir)?relevance\b", r"\b(?:ir)?relevan"),
         (r"\b(?:ir)?relevant (?:to|for) (?:the|this|your|that) (?:question|search|topic|request)", r"\b(?:ir)?relevan"),
         (r"\bgrade[ _-]?[0-3]\b|\bgraded passages?\b", r"\bgrad"),
-        (r"\b(?:this|these|the following|the above) passages?\b|\bpassage (?:of grade )?[0-3]\b", r"\bpassage"),
-        (r"\b(?:the|this|your) (?:user'?s? |search )question\b|\bquestion (?:asked )?above\b", r"\bquestion"),
+        (
+            r"\b(?:this|these|the|an?|my|your)(?: \w+)? passages?\b"
+            r"(?! (?:of(?! grade)|through|from|between|to|into|across|over|under|by)\b)",
+            r"\bpassage",
+        ),
+        (r"\bpassage (?:of grade )?[0-3]\b", r"\bpassage"),
+        (r"\b(?:revised|rewritten|improved|edited) (?:version|text|paragraph)\b", r"\bre(?:vis|writ)|\bedit"),
+        (r"\bwhat (?:was|is|you) (?:searched|asked)\b|\blet me know if\b|\bi hope (?:this|that) helps\b", r"\bhelp"),
+        (
+            r"\b(?:the|this|your) (?:user'?s? |search |original )question\b|\bquestion (?:asked )?above\b"
+            r"|\banswer(?:s|ing|ed)? (?:to )?(?:the|your|this) question\b(?! (?:of|whether|how|why|what))",
+            r"\bquestion",
+        ),
         (r"\b(?:worked example|(?:the|this) example (?:above|passage))\b", r"\bexample"),
         (r"\bas an? (?:ai|language model|assistant)\b|\bi(?:'m| am) (?:an? )?(?:ai|language model)\b", r"\bai\b|model"),
         (r"^\W*(?:sure|certainly|of course)\W+here\b", r"^\W*here"),
-        (r"^\W*here(?:'s| is| are) (?:\w+ ){1,3}?(?:passages?|text|paragraph|answer|response|json)\b", r"^\W*here"),
+        (r"^\W*here(?:'s| is| are) (?:\w+ ){1,3}?(?:passages?|text|paragraph|answer|response|version)\b", r"^\W*here"),
     )
 ]
 
@@ -68,20 +80,24 @@ def text_fault(text: str, query: str) -> str:
 
 def alike(text: str, others: Iterable[str]) -> bool:
     """Whether the words of a text and of one of the others are nearly the same."""
-    others = list(others)
-    own, *rest = (set(found) for found in words_of([text, *others], NGRAMS))
-    return any(_jaccard(own, words) > MOST_ALIKE for words in rest)
+    own = set(_words(text))
+    return any(_jaccard(own, set(_words(other))) > MOST_ALIKE for other in others)
 
 
 def num_words(text: str) -> int:
     """Words between white space; of scripts that are written without it, pairs of neighbouring characters."""
-    return max(len(text.split()), len(words_of([text], NGRAMS)[0]))
+    return max(len(text.split()), len(_words(text)))
 
 
 def share_found(query: str, text: str) -> float | None:
     """The share of the query's different words that the text has; None for a query without words."""
-    asked, found = (set(words) for words in words_of([query, text], NGRAMS))
+    asked, found = set(_words(query)), set(_words(text))
     return len(asked & found) / len(asked) if asked else None
+
+
+@functools.lru_cache(maxsize=64)  # a text is looked at several times, one after the other
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(words_of([text], NGRAMS)[0])
 
 
 def _jaccard(first: set[str], second: set[str]) -> float:
@@ -95,10 +111,10 @@ def _speaks_of_the_task(text: str, query: str) -> bool:
 
 def _copies(text: str, query: str) -> bool:
     """Whether a text has the whole query, or a long run of its words, or has no other words."""
-    asked, found = words_of([query, text], NGRAMS)
+    asked, found = _words(query), _words(text)
     if len(asked) < COPIED_WORDS[0]:
         return False
     run = min(len(asked), COPIED_WORDS[1])
-    runs = {tuple(asked[place : place + run]) for place in range(len(asked) - run + 1)}
-    copied = any(tuple(found[place : place + run]) in runs for place in range(len(found) - run + 1))
+    runs = {asked[place : place + run] for place in range(len(asked) - run + 1)}
+    copied = any(found[place : place + run] in runs for place in range(len(found) - run + 1))
     return copied or _jaccard(set(asked), set(found)) > MOST_ALIKE
