@@ -21,7 +21,6 @@ from eval.suites import data_state
 from launcher.ahead import look_ahead
 from launcher.dry_run import Unresolved, stage_parameters
 from launcher.environment import environment
-from launcher.lock import LOCK, locked
 from launcher.starts import (
     bm25_is_scored,
     evaluate_start,
@@ -39,6 +38,7 @@ from toolkit.export.write import load_export
 from toolkit.files import replace_text
 from toolkit.methods.costs import SOURCE
 from toolkit.prepare.start_settings import resolve_recipe, with_encoders
+from toolkit.ranks.lock import LOCK, locked
 from toolkit.ranks.together import on_every_rank
 from toolkit.ranks.watch import Watch
 from toolkit.recipe.errors import RecipeError

@@ -16,10 +16,10 @@ from in_process import files_below, one_stage, start
 from recipe_changes import changed
 from safetensors.numpy import load_file
 
-from launcher import lock
 from toolkit.checkpoint import states as checkpoint
 from toolkit.methods.language_model.objective import LanguageModel
 from toolkit.methods.objective import Loss
+from toolkit.ranks import lock
 from toolkit.training import loop
 
 STAGE = "stage_0_language_model"

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder. Called by launcher/stages.py on rank 0."""
+"""One process at a time in a folder. Called on rank 0: by a run for its run folder, by generation for its output."""
 
 import errno
 import fcntl
