@@ -79,7 +79,7 @@ class Method:
             models and recipes that do not fit.
         costs: (stage, objective) -> what a token of each side of a batch costs.
         fit: (stage, name in MethodKeys.models -> config) raises RecipeError or ValueError, before anything is loaded,
-            for models and keys that do not fit.
+            for models and keys that do not fit; None if all that other checks let through fit.
         look: (source, data section) -> what its first rows show. RecipeError as the readers.
         warn: (data section, number of a source -> its first rows) -> (is it a problem, line that begins with the key
             below the stage) of what the first rows of the sources show together.
@@ -95,7 +95,7 @@ class Method:
     open_feed: Callable[[StageRun, Models, Any], Feed]
     build: Callable[[Any, int, torch.device | str, Models], Objective]
     costs: Callable[[Any, Any], Costs]
-    fit: Callable[[Any, dict[str, PretrainedConfig]], None]
+    fit: Callable[[Any, dict[str, PretrainedConfig]], None] | None
     look: Callable[[Any, Any], Look]
     warn: Callable[[Any, dict[int, Look]], Iterator[tuple[bool, str]]]
     epochs: Callable[[Any, int, list[int], list[Look], Any], str]

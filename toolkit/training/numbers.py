@@ -34,8 +34,10 @@ def parameter_counts(stage: Stage[Any, Any], configs: dict[str, PretrainedConfig
     models = keys_of(stage.objective.name).models(stage)
     lengths = (stage.encoder.max_tokens, stage.encoder.eval_max_tokens)
     check_length(configs[models[0].name], max((length for length in lengths if length is not None), default=0))
+    fit = method_of(stage.objective.name).fit
     try:
-        method_of(stage.objective.name).fit(stage, configs)
+        if fit is not None:
+            fit(stage, configs)
     except RecipeError as error:
         raise RecipeError(f"stage {stage.name}: {error}") from None
     counts: dict[str, int] = {}

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.data.first_look import Look, look_at_texts
 from toolkit.methods.costs import Costs, head_cost, matrices, recomputations, rule_text
@@ -45,10 +44,6 @@ def _costs(stage: LanguageModelStage, objective: LanguageModel) -> Costs:
     return Costs({"text": cost}, rule_text("language model", [body, head], again))
 
 
-def _fit(stage: LanguageModelStage, configs: dict[str, PretrainedConfig]) -> None:
-    """Nothing but what holds for every model."""
-
-
 def _example(stage: LanguageModelStage, number: int, look: Look, tokenizers: Tokenizers) -> Lines:
     del number
     text = first_passage(look, stage.data)
@@ -60,7 +55,7 @@ METHOD = Method(
     open_feed=_open_feed,
     build=_build,
     costs=_costs,
-    fit=_fit,
+    fit=None,
     look=look_at_texts,
     warn=warn_of_groups,
     epochs=passage_epochs,

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.data.first_look import Look, look_at_texts
 from toolkit.data.texts import document_texts
@@ -43,10 +42,6 @@ def _costs(stage: ReContrieverStage, objective: ReContriever) -> Costs:
     return Costs({"query": cost, "key": of_keys}, rule)
 
 
-def _fit(stage: ReContrieverStage, configs: dict[str, PretrainedConfig]) -> None:
-    """Nothing but what holds for every model."""
-
-
 def _epochs(stage: ReContrieverStage, seed: int, counts: list[int], looks: list[Look], tokenizer: Any) -> str:
     del seed
     if tokenizer is None:
@@ -75,7 +70,7 @@ METHOD = Method(
     open_feed=open_crops,
     build=_build,
     costs=_costs,
-    fit=_fit,
+    fit=None,
     look=look_at_texts,
     warn=warn_of_groups,
     epochs=_epochs,

@@ -1,7 +1,6 @@
 """The SyCL method: queries against graded passages of their pool."""
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.methods.costs import Costs, matrices, recomputations, rule_text
 from toolkit.methods.method import Method, Models, Row
@@ -28,16 +27,12 @@ def _costs(stage: SyclStage, objective: Sycl) -> Costs:
     return Costs(dict.fromkeys(("query", "passage"), body.cost(True, again)), rule_text("retriever", [body], again))
 
 
-def _fit(stage: SyclStage, configs: dict[str, PretrainedConfig]) -> None:
-    """Nothing but what holds for every model."""
-
-
 METHOD = Method(
     row=_row,
     open_feed=open_groups,
     build=_build,
     costs=_costs,
-    fit=_fit,
+    fit=None,
     look=look,
     warn=warn,
     epochs=epochs,
