@@ -42,6 +42,7 @@ SHAPES = {
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
     }),
     "google-bert/bert-base-uncased": ("bert", {}),
+    "facebook/contriever": ("bert", {"architectures": ["Contriever"]}),
 }  # fmt: skip
 # The special ids that each type's tokenizer puts around a text, as a style of small_tokenizer.
 TOKENIZERS = {"qwen2": "gpt2", "qwen3": "gpt2", "llama": "bos", "mistral": "bos", "bert": "wordpiece"}
@@ -53,6 +54,7 @@ PARAMETERS = {
     "mistralai/Mistral-7B-v0.1": 7_110_660_096,
     "Qwen/Qwen3-0.6B-Base": 596_049_920,
     "google-bert/bert-base-uncased": 109_482_240 - (768 + 1) * 768,
+    "facebook/contriever": 109_482_240 - (768 + 1) * 768,
 }
 
 
@@ -78,6 +80,10 @@ def here(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     for name in ("train", "test"):
         lines = "".join(f"{i}\t{i}\t1\n" for i in range(200))
         (root / "collection" / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    for kind in ("graded", "pairs"):
+        (root / kind).mkdir()
+        rows = [of_kind(kind, i) for i in range(200)]
+        (root / kind / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def put(holder: dict[str, Any]) -> None:
         start = holder["start"]
@@ -95,12 +101,22 @@ def here(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
                 put(stage["objective"]["language_model"])
             for source in stage["data"]["sources"]:
                 if "folder" in source:
-                    source["folder"] = str(root / "collection")
+                    kind = source.get("format", "graded" if stage["objective"]["name"] == "sycl" else "documents")
+                    source["folder"] = str(root / (kind if kind in ("graded", "pairs") else "collection"))
             suites = [suite.replace("data/scifact", str(root / "collection")) for suite in stage["eval"]["suites"]]
             stage["eval"]["suites"] = suites
         return raw
 
     return replaced
+
+
+def of_kind(kind: str, number: int) -> dict[str, Any]:
+    """A row of pairs or of graded passages, as the query of this number in the collection has them."""
+    query = f"title {number} some text {number}"
+    if kind == "pairs":
+        return {"query": query, "positive": query, "negatives": [f"other text {number + far}" for far in range(1, 4)]}
+    passages = [{"text": f"passage {number} of grade {grade}", "grade": grade} for grade in (3, 2, 1, 0)]
+    return {"query_id": str(number), "query": query, "passages": passages}
 
 
 def dry_run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys, *options: str) -> tuple[int, str, str]:

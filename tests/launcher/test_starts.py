@@ -22,6 +22,7 @@ from toolkit.training import loop
         ("quickstart", [0, 0, 2, 2], {0: "untrained", 2: "untrained (stage 2)"}),
         ("crops_compared", [0, 0, 0], {0: "untrained"}),
         ("fewshot", [0, 0, 0], {0: "before training"}),
+        ("sycl_compared", [0, 0, 0, 0], {0: "before training"}),
         ("revela_7b", [0], {0: "before training"}),
     ],
 )

@@ -21,6 +21,7 @@ STEPS = 4
 SCALARS = {
     "contrastive": {"accuracy", "temperature", "padding"},
     "recontriever": {"pair_nll", "accuracy", "negative_weights", "std_weights", "std_query", "std_key", "padding"},
+    "sycl": {"wasserstein", "kl", "accuracy", "pair_order", "padding"},
 }
 
 
@@ -35,7 +36,7 @@ def made_up_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     stdlib_corpus.summary.cache_clear()
 
 
-@pytest.mark.parametrize("method", ["contrastive", "recontriever"])
+@pytest.mark.parametrize("method", SCALARS)
 @pytest.mark.usefixtures("made_up_corpus")
 def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     recipe = json.loads((RECIPES / "tiny" / f"{method}.json").read_text())

@@ -77,6 +77,16 @@ def test_the_head_of_a_language_model_is_converted_too(tmp_path: Path) -> None:
     load_causal_lm(folder, torch.float32, "sdpa")
 
 
+def test_a_model_of_a_class_that_transformers_lacks_is_converted_as_its_type(tmp_path: Path) -> None:
+    """Contriever's config.json names a class of its own code."""
+    folder = small_model("bert", tmp_path / "m", "wordpiece")
+    weights = to_pickle(folder, "model.safetensors", "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Contriever"]}))
+    run_what_it_says(pickled_model(folder))
+    assert load_file(folder / "model.safetensors").keys() == weights.keys()
+
+
 @pytest.mark.parametrize("place", [".", "0_Transformer"])
 def test_a_sentence_transformers_folder_of_pickles_says_so(place: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"

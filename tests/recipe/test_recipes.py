@@ -12,6 +12,8 @@ from recipe_changes import MISSING
 from launcher.recipe_reference import named_values, reference, sentences
 from toolkit.methods.recontriever.keys import ReContrieverObjective
 from toolkit.methods.revela.keys import RevelaObjective
+from toolkit.methods.sycl.keys import SyclObjective
+from toolkit.recipe.graded import GradedData
 from toolkit.recipe.models import FolderStart, HubStart
 from toolkit.recipe.schema import Recipe, data_seed, load_recipe
 from toolkit.recipe.stage import batch_numbers
@@ -135,6 +137,7 @@ def test_the_shipped_recipes_are_these():
         "recontriever_qwen_0.6b.json",
         *(f"revela_{size}.json" for size in ("1b", "3b", "500m", "7b", "code_1b", "code_3b", "code_500m")),
         "supervised_7b.json",
+        *(f"sycl_{name}.json" for name in ("compared", "contriever", "mistral_7b", "qwen_0.6b")),
         "tiny/contrastive.json",
         "tiny/language_model.json",
         "tiny/mined.json",
@@ -195,6 +198,78 @@ def test_the_bert_recipes_have_the_papers_values(name):
     assert recipe.hardware and recipe.memory and recipe.time and recipe.hardware.estimate
     assert "not measured on GPU" in recipe.hardware.estimate and recipe.memory.estimate and recipe.time.estimate
     assert "authors' training script" in recipe.sources["optim.lr"]
+
+
+def test_the_contriever_recipe_of_sycl_has_the_published_values():
+    """16 queries a device on 4: a loss sees 64, a step adds up four losses."""
+    recipe = load_recipe(RECIPES / "sycl_contriever.json")
+    (stage,) = recipe.stages
+    objective, data, optim, encoder = stage.objective, stage.data, stage.optim, stage.encoder
+    assert isinstance(objective, SyclObjective) and isinstance(data, GradedData)
+    assert (objective.losses.weights(), objective.temperature) == ({"wasserstein": 1.0}, 1.0)
+    assert (objective.label_scale, objective.in_batch_grade) == (1.0, 0.0)
+    assert (data.group.size, data.group.by, data.group.few) == (4, "random", "cycle")
+    numbers = batch_numbers(stage, 4)
+    assert (numbers["rows_per_forward_per_rank"], numbers["accumulation_per_rank"]) == (16, 4)
+    assert (stage.batch.pool, stage.batch.span, numbers["rows_per_step_global"]) == (64, "world", 256)
+    assert (optim.lr, optim.warmup_steps, optim.warmup, optim.schedule) == (1e-5, 98, "log", "linear")
+    assert (optim.steps, optim.weight_decay, optim.clip) == (1960, 0, 1) and optim.warmup_steps == 0.05 * optim.steps
+    assert (encoder.pooling, encoder.normalize, encoder.max_tokens, encoder.eval_max_tokens) == ("mean", False, 256, 256)
+    assert encoder.query_prefix == encoder.passage_prefix == ""
+    assert stage.start == HubStart(hub="facebook/contriever") and stage.lora is None
+    assert (stage.precision, stage.zero.stage, recipe.seed) == ("fp32", 3, 42)
+    assert "inferred" in recipe.sources["optim.warmup"] and "arXiv 2503.23239" in recipe.sources["optim.lr"]
+
+
+@pytest.mark.parametrize("name", ["sycl_qwen_0.6b", "sycl_mistral_7b"])
+def test_a_language_model_becomes_a_retriever_by_kl_before_the_wasserstein_loss(name: str):
+    recipe = load_recipe(RECIPES / f"{name}.json")
+    own = {"name", "description", "start", "objective", "optim"}
+    first, second = (stage.model_dump(exclude=own) for stage in recipe.stages)
+    assert first == second and recipe.stages[1].start == "previous" and "EXTRAPOLATED" in recipe.description
+    losses = [stage.objective.losses.weights() for stage in recipe.stages]
+    assert losses == [{"kl": 1.0}, {"wasserstein": 1.0, "kl": 0.1}]
+    assert {(stage.objective.temperature, stage.encoder.normalize) for stage in recipe.stages} == {(0.05, True)}
+    rows = sum(stage.optim.steps * stage.batch.pool * stage.batch.pools_per_step for stage in recipe.stages)
+    assert 500_000 < rows < 503_000
+    assert recipe.hardware and recipe.hardware.measured is None and recipe.hardware.paper is None
+
+
+def test_data_of_sycl_compared_side_by_side_differ_in_data_and_loss_alone():
+    """Grades, loss and size of a group are those of the paper's four configurations."""
+    recipe = load_recipe(RECIPES / "sycl_compared.json")
+    own = {"name": True, "description": True, "objective": {"losses"}, "data": True}
+    first, *others = [stage.model_dump(exclude=own) for stage in recipe.stages]
+    assert len(others) == 3 and all(other == first for other in others)
+    assert {data_seed(recipe, index) for index in range(4)} == {recipe.seed}
+    found = []
+    for stage in recipe.stages:
+        ((loss, weight),) = stage.objective.losses.weights().items()
+        keys = {"folder", "at_least", "below", "pick", "grade"}
+        sources = [source.model_dump(exclude_none=True, include=keys) for source in stage.data.sources]
+        found.append((stage.name, loss, weight, stage.data.group.size, stage.data.group.by, sources))
+    real, bm25, made = ({"folder": f"data/scifact{end}"} for end in ("", "_bm25", "_generated"))
+    picked = bm25 | {"below": 1, "pick": {"random": 2}}
+    assert found == [
+        ("real_binary", "infonce", 1, 3, "positive_first", [real | {"at_least": 1, "grade": 1}, picked | {"grade": 0}]),
+        (
+            "synth_binary",
+            "infonce",
+            1,
+            3,
+            "positive_first",
+            [made | {"at_least": 2, "grade": 1}, made | {"below": 2, "grade": 0}],
+        ),
+        ("synth_multilevel", "wasserstein", 1, 4, "random", [made]),
+        (
+            "synth_plus_real",
+            "wasserstein",
+            1,
+            7,
+            "random",
+            [real | {"at_least": 1, "grade": 3}, picked | {"grade": 1}, made],
+        ),
+    ]
 
 
 def test_methods_compared_side_by_side_differ_in_the_method_alone():

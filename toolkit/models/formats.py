@@ -4,6 +4,7 @@ Called by whatever names or loads a folder with a model or an adapter.
 """
 
 import json
+import re
 import shlex
 from functools import cache
 from pathlib import Path
@@ -99,12 +100,13 @@ def _line(folder: Path, found: str, code: str) -> str:
 
 
 def _architecture(folder: Path) -> str:
-    """The class that config.json names: a language model's head is to be kept."""
+    """The class that config.json names if it has a head, which is to be kept; others may be none of transformers'."""
     try:
         (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     except (OSError, ValueError, KeyError, TypeError):
         return "AutoModel"
-    return name if isinstance(name, str) and name.isidentifier() else "AutoModel"
+    kept = isinstance(name, str) and name.isidentifier() and re.search("For[A-Z]|LMHead", name)
+    return name if kept else "AutoModel"
 
 
 @cache
