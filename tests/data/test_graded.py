@@ -55,7 +55,7 @@ def test_rows_of_the_same_query_are_put_together_whatever_source_knows_it(tmp_pa
     assert groups(store, by_id) == [c, a, b]  # sorted by id, as text
     by_text = make_data(made, "query_text", size=3)
     assert groups(make_store(tmp_path / "text", by_text), by_text) == [b, a, c]  # as they came
-    assert store.meta["told"] == {"shared": 1, "repeated": 3, "twice": 0, "unread": 0}
+    assert store.meta["told"] == {"shared": 1, "repeated": 3, "twice": 0, "unread": 0, "regraded": 1}
     assert store.meta["known_to"] == [2, 2] and store.meta["rows"] == 3
     alone = make_data(made[:1])
     assert groups(make_store(tmp_path / "alone", alone), alone) == [
@@ -84,6 +84,21 @@ def test_ids_mean_the_same_within_a_folder_alone(tmp_path: Path):
     write_rows(tmp_path / "one" / "a.jsonl", [*one, *two])
     same = make_data([{"folder": str(tmp_path / "one" / name)} for name in (".", "../one")], "query_text", size=2)
     assert groups(make_store(tmp_path / "same", same), same) == [("q", ["new", "new"], [2.0, 2.0])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "regraded"),
+    [
+        ([row("q", ("x", 3), ("x", 0), ("y", 1))], 1),
+        ([row("q", ("x", 3), ("x", 3))], 0),  # the control: no other grade
+        ([row("q", ("x", 3)), row("q", ("x", 0), ("x", 1))], 2),
+    ],
+)
+def test_grades_that_do_not_count_are_counted(tmp_path: Path, rows: list[dict], regraded: int):
+    alone = make_data(sources_of(tmp_path, rows), "query_text", size=2)
+    assert make_store(tmp_path / "alone", alone).meta["told"]["regraded"] == regraded
+    several = make_data(sources_of(tmp_path, *([each] for each in rows)), "query_text", size=2)
+    assert make_store(tmp_path / "several", several).meta["told"]["regraded"] == regraded
 
 
 def test_a_text_under_two_ids_is_counted(tmp_path: Path):
