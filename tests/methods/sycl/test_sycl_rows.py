@@ -177,7 +177,12 @@ def test_rows_with_too_few_passages_are_told_before_the_run(tmp_path: Path):
     skipping = data.model_copy(update={"faulty_rows": "skip"})
     assert [each for each, _ in warn(skipping, dict(enumerate(looks_of(skipping))))] == [False]
     none = make_data([source | {"at_least": 9}], size=3)
-    assert "has 0 of the 1 passages" in next(warn(none, dict(enumerate(looks_of(none)))))[1]
+    (_, left), (is_problem, line) = warn(none, dict(enumerate(looks_of(none))))
+    assert left.startswith("data.sources.0: no passage of the rows looked at is left by at_least and below")
+    assert is_problem and "has 0 of the 1 passages" in line
+    joint = make_data([source, source | {"below": 0}], "query_text", size=3)
+    ((_, left),) = warn(joint, dict(enumerate(looks_of(joint))))
+    assert left.startswith("data.sources.1: no passage of the rows")
     for fits in (make_data([source], size=6), make_data([source], "query_text", size=6, few="refuse")):
         assert list(warn(fits, dict(enumerate(looks_of(fits))))) == []  # cycled; other rows may be of the same query
     assert list(warn(data, {})) == []  # it could not be looked at

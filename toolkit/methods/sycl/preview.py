@@ -31,6 +31,9 @@ def warn(data: GradedData, looks: dict[int, Look]) -> Iterator[tuple[bool, str]]
         if data.join == "query_id" and nameless:
             problem = f"{nameless} of {len(each.graded)} rows looked at have no query_id"
             yield data.faulty_rows == "refuse", f'data.sources.{number}: {problem}; set data.join to "query_text"'
+        if each.graded and not any(row.passages for row in each.graded):
+            problem = "no passage of the rows looked at is left by at_least and below"
+            yield False, f"data.sources.{number}: {problem}; change them, or the source"
     if few := _too_few(data, looks):
         yield data.faulty_rows == "refuse", few
     if len(looks) < len(data.sources) or not all(each.graded for each in looks.values()):
