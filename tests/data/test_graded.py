@@ -55,7 +55,7 @@ def test_rows_of_the_same_query_are_put_together_whatever_source_knows_it(tmp_pa
     assert groups(store, by_id) == [c, a, b]  # sorted by id, as text
     by_text = make_data(made, "query_text", size=3)
     assert groups(make_store(tmp_path / "text", by_text), by_text) == [b, a, c]  # as they came
-    assert store.meta["told"] == {"shared": 1, "repeated": 3, "twice": 0, "unread": 0}
+    assert store.meta["told"] == {"shared": 1, "repeated": 3, "twice": 0, "unread": 0, "regraded": 1}
     assert store.meta["known_to"] == [2, 2] and store.meta["rows"] == 3
     alone = make_data(made[:1])
     assert groups(make_store(tmp_path / "alone", alone), alone) == [
@@ -84,6 +84,21 @@ def test_ids_mean_the_same_within_a_folder_alone(tmp_path: Path):
     write_rows(tmp_path / "one" / "a.jsonl", [*one, *two])
     same = make_data([{"folder": str(tmp_path / "one" / name)} for name in (".", "../one")], "query_text", size=2)
     assert groups(make_store(tmp_path / "same", same), same) == [("q", ["new", "new"], [2.0, 2.0])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "regraded"),
+    [
+        ([row("q", ("x", 3), ("x", 0), ("y", 1))], 1),
+        ([row("q", ("x", 3), ("x", 3))], 0),  # the control: no other grade
+        ([row("q", ("x", 3)), row("q", ("x", 0), ("x", 1))], 2),
+    ],
+)
+def test_grades_that_do_not_count_are_counted(tmp_path: Path, rows: list[dict], regraded: int):
+    alone = make_data(sources_of(tmp_path, rows), "query_text", size=2)
+    assert make_store(tmp_path / "alone", alone).meta["told"]["regraded"] == regraded
+    several = make_data(sources_of(tmp_path, *([each] for each in rows)), "query_text", size=2)
+    assert make_store(tmp_path / "several", several).meta["told"]["regraded"] == regraded
 
 
 def test_a_text_under_two_ids_is_counted(tmp_path: Path):
@@ -226,9 +241,9 @@ def test_what_is_lacking_holds_for_every_draw():
     for _ in range(300):
         sources = [
             passages(*((int(n), float(random.integers(3))) for n in random.permutation(6)[: random.integers(4)]))
-            for _ in range(3)
+            for _ in range(random.integers(1, 4))
         ]
-        picks = [None if random.integers(2) else int(random.integers(1, 3)) for _ in range(3)]
+        picks = [None if random.integers(2) else int(random.integers(1, 3)) for _ in sources]
         fewest, positives, negatives = 99, 99, 99
         for chosen in itertools.product(
             *(
@@ -245,10 +260,19 @@ def test_what_is_lacking_holds_for_every_draw():
         exact = [fewest, positives, negatives]
         sure = [surely(sources, picks), surely(sources, picks, at_least=1), surely(sources, picks, below=1)]
         assert all(found <= there for found, there in zip(sure, exact, strict=True)), (sources, picks)
-        if all(pick is None for pick in picks) and len({*np.concatenate([s.order for s in sources]).tolist()}) == sum(
-            len(s.order) for s in sources
-        ):
-            assert sure == exact
+        if all(pick is None for pick in picks) or len(picks) == 1:
+            assert sure == exact, (sources, picks)
+
+
+def test_a_later_source_s_grade_decides_what_is_lacking():
+    """What was found comes first, what was judged after it; and a pick that leaves a positive whatever it draws."""
+    first = GROUP.model_copy(update={"by": "positive_first", "size": 2})
+    found, judged = passages((1, 0), (2, 0), (3, 0)), passages((2, 1))
+    assert lacks([found, judged], [None, None], first) == ""
+    assert "has no passage of grade 1" in lacks([judged, found], [None, None], first)  # the other way round
+    assert lacks([found, judged], [2, None], first) == ""
+    written = passages((1, 3), (2, 2), (3, 1), (4, 0))
+    assert surely([written], [3], at_least=1) == 2 and surely([written], [3], below=1) == 0
 
 
 def test_what_is_said_of_rows_with_too_few_passages():

@@ -157,6 +157,14 @@ def test_a_run_needs_a_grade(tmp_path: Path):
     assert "is a run, whose scores are no grades; set the source's grade" in error(
         source(folder, "beir", judgements=str(path))
     )
+    path.write_text(f"a note\n{RUN}11 0 r6 2\n")  # skipped, as are grades among scores
+    with pytest.raises(RecipeError, match="is a run, whose scores are no grades"):
+        read(source(folder, "beir", judgements=str(path)), None, Skipped())
+    skipped = Skipped()
+    assert read(source(folder, "beir", judgements=str(path), grade=1, at_least=0), None, skipped) == found
+    path.write_text("11 Q0 r4 1 x bm25\n")
+    assert "line 1: 'x' stands where a finite number" in error(source(folder, "beir", judgements=str(path), grade=1))
+    assert skipped.kinds == {"no judgement": 2} and "4 fields, but 6 in the lines before" in skipped.last
 
 
 @pytest.mark.parametrize(
@@ -177,6 +185,7 @@ def test_a_run_needs_a_grade(tmp_path: Path):
         ("a.txt", "11 0 r1 inf", "line 1: 'inf' stands where a finite number is needed"),
         ("a.txt", "11 0 r1 1\n11 0 r1 2", "line 2: passage 'r1' comes twice for a query; keep one"),
         ("a.txt", "11 0 r1 1\n12 0 r1 1\n11 0 r2 1\n", "line 3: query '11' has lines further above too; put the lines"),
+        ("a.txt", "11 0 r1 1\n11 Q0 r2 1 9.5 run\n", "line 2: 6 fields, but 4 in the lines before; keep what a search"),
         ("a.txt", "\n", "holds no judgement; known layouts: .tsv"),
         ("a.tsv", "11\tr1\t1\n", "the header is missing"),
         (

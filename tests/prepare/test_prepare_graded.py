@@ -217,6 +217,15 @@ def test_sources_without_a_common_query_are_a_warning(tmp_path: Path, tokenizer_
     assert warned == "warning: data.join: no query has passages in all 2 sources; do their queries' texts agree?\n"
 
 
+def test_a_passage_with_two_grades_is_a_warning(tmp_path: Path, tokenizer_folder: Path, capsys):
+    found, judged = (rows_in(tmp_path / name, [row("q", ("a", grade))]) for name, grade in (("one", 0), ("two", 1)))
+    prepare(make_data([found, judged], "query_text", size=1), tokenizer_folder, tmp_path / "run")
+    assert capsys.readouterr().err == (
+        "warning: data.sources: 1 grades are not used, since the passage has another one further on for the same "
+        "query; the last one counts\n"
+    )
+
+
 def test_what_the_rows_do_not_use_is_a_warning(tmp_path: Path, tokenizer_folder: Path, capsys):
     twice = {"query": "q", "passages": [{"text": "t", "grade": n, "id": str(n)} for n in range(3)]}
     data = make_data([rows_in(tmp_path / "in", [twice])], size=2, by="most_relevant")

@@ -129,16 +129,17 @@ class _Part:
         self._places = np.argsort(rows, kind="stable")
         self._rows = rows[self._places]
 
-    def passages(self, row: int, order: np.ndarray) -> tuple[bool, np.ndarray, np.ndarray]:
-        """Whether the source knows a row's query, the numbers of its passages, none twice, and their grades."""
+    def passages(self, row: int, order: np.ndarray) -> tuple[bool, np.ndarray, np.ndarray, int]:
+        """Whether the source knows a row's query, the numbers of its passages, none twice, and their grades; and how
+        many other grades it has for them."""
         first, last = np.searchsorted(self._rows, (row, row + 1))
         places = self._places[first:last].tolist()
         if not places:
-            return False, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)
+            return False, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32), 0
         held = np.concatenate([self._held[place] for place in places])
         grade = np.concatenate([self._grade[place] for place in places])
-        once = joined([Passages(order[held], grade)], [None], (0, 0, 0))
-        return True, held[once], grade[once]
+        once, other = _joined_all([Passages(order[held], grade)])
+        return True, held[once], grade[once], other
 
 
 def write_graded(
@@ -198,7 +199,7 @@ def _put_together(
     kept, known_to = array("q"), [0] * len(parts)
     with TokenWriter(folder, "held") as numbers, TokenWriter(folder, "grade") as bits:
         for row in queries.order():
-            known, of_source, grade = zip(*(part.passages(row, order) for part in parts), strict=True)
+            known, of_source, grade, other = zip(*(part.passages(row, order) for part in parts), strict=True)
             sources = [Passages(order[own], its) for own, its in zip(of_source, grade, strict=True)]
             if lack := lacks(sources, how.picks, how.group):
                 leave_out(RowFault("of too few passages", f"{queries.where[row]}: {lack}"), skipped)
@@ -211,6 +212,7 @@ def _put_together(
             digest.update(struct.pack("<q", queries.key(row)))
             known_to = [count + there for count, there in zip(known_to, known, strict=True)]
             tally.update(_told(sources, text[np.concatenate(of_source)], how))
+            tally["regraded"] += sum(other)
             grades.update(np.concatenate(grade).tolist())
         graded = numbers.ids
     for name, values in {"query_of_row": kept, "text_of_held": text, "order_of_held": order}.items():
@@ -229,7 +231,7 @@ def _put_together(
 
 def _told(sources: list[Passages], text: np.ndarray, how: How) -> dict[str, int]:
     """What is to be said of a row: whether all sources know it, whether its passages are repeated, and so on."""
-    every = joined(sources, [None] * len(sources), (0, 0, 0))
+    every, regraded = _joined_all(sources)
     grade = np.concatenate([source.grade for source in sources])[every]
     unread = 0
     if how.group.by == "positive_first":
@@ -241,7 +243,18 @@ def _told(sources: list[Passages], text: np.ndarray, how: How) -> dict[str, int]
         "repeated": bool(lacks(sources, how.picks, how.group.model_copy(update={"few": "refuse"}))),
         "twice": len(np.unique(text[every])) < len(every),
         "unread": unread,
+        "regraded": regraded,
     }
+
+
+def _joined_all(sources: list[Passages]) -> tuple[np.ndarray, int]:
+    """Places as `joined` gives them if nothing is picked, and how many passages stand with another grade before."""
+    every = joined(sources, [None] * len(sources), (0, 0, 0))
+    order, grade = (np.concatenate(side) for side in zip(*sources, strict=True))
+    if len(every) == len(order):
+        return every, 0
+    last = dict(zip(order.tolist(), grade.tolist(), strict=True))
+    return every, sum(last[name] != its for name, its in zip(order.tolist(), grade.tolist(), strict=True))
 
 
 def _grades(counts: Counter[float]) -> str:

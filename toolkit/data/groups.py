@@ -113,18 +113,20 @@ def surely(
 ) -> int:
     """How many passages of these grades a query has in every epoch, at the least, whichever are picked at random.
 
-    A passage that several sources have counts if all of them give it such a grade.
+    Of a passage that several sources have, the last one that may be asked for it counts, as in `joined`.
     """
     ids = [set(source.order.tolist()) for source in sources]
-    fit = [(source.grade >= at_least) & (source.grade < below) for source in sources]
-    unfit = set().union(*(source.order[~fits].tolist() for source, fits in zip(sources, fit, strict=True)))
-    always: set[int] = set()
+    whole = [pick is None or len(own) <= pick for own, pick in zip(ids, picks, strict=True)]
+    settled, unfit = set[int](), set[int]()  # what a later source surely has; what may end up with another grade
+    for source, own, every in zip(reversed(sources), reversed(ids), reversed(whole), strict=True):
+        fits = (source.grade >= at_least) & (source.grade < below)
+        unfit |= set(source.order[~fits].tolist()) - settled
+        settled |= own if every else set()
+    always = settled - unfit
     sure, most = 0, 0
     for number, (own, pick) in enumerate(zip(ids, picks, strict=True)):
-        if pick is None or len(sources[number].order) <= pick:
-            always |= own - unfit
-        elif not own & unfit:
+        if pick is not None and not whole[number]:
             others = set().union(*(ids[:number] + ids[number + 1 :]))
-            sure += max(0, pick - len(own & others))
-            most = max(most, pick)
+            sure += max(0, pick - len(own & (unfit | others)))
+            most = max(most, pick - len(own & unfit))
     return max(len(always) + sure, most)

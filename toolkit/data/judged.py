@@ -18,6 +18,7 @@ LAYOUTS = (
     ".tsv (query-id, corpus-id, score below a header), .jsonl ({qid, docid: [...], score: [...]} a line) or TREC's "
     "(query Q0 passage rank score run, or query 0 passage grade)"
 )
+_JUDGEMENTS, _RUN = _WIDTHS = (4, 6)  # fields of a line of TREC's layouts
 
 
 class Judged(NamedTuple):
@@ -61,11 +62,10 @@ def read_judged(path: Path, skipped: Skipped | None = None) -> Iterator[Judged]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a file holds what a search found in TREC's layout, whose scores are no grades; by its first line."""
+    """Whether a file holds what a search found in TREC's layout, whose scores are no grades; by its first such line."""
     if path.suffix == ".tsv" or path.name.endswith((".jsonl", ".jsonl.gz")):
         return False
-    _, line = next(numbered_lines(path), (0, b""))
-    return len(line.split()) == 6
+    return next((width for _, line in numbered_lines(path) if (width := len(line.split())) in _WIDTHS), 0) == _RUN
 
 
 # --------------------------------------------------------------------------- a query a line
@@ -125,10 +125,11 @@ def _trec(path: Path, skipped: Skipped | None) -> Iterator[Judged]:
     """Runs of lines of one query."""
     judged: Judged | None = None
     met: set[str] = set()  # its passages
+    width = _RUN if is_run(path) else _JUDGEMENTS
     for number, line in numbered_lines(path):
         where = f"{path}: line {number}"
         try:
-            query, passage, grade = _trec_line(line, where)
+            query, passage, grade = _trec_line(line, width, where)
             if judged is None or judged.query != query:
                 if judged is not None:
                     yield judged
@@ -145,17 +146,21 @@ def _trec(path: Path, skipped: Skipped | None) -> Iterator[Judged]:
         yield judged
 
 
-def _trec_line(line: bytes, where: str) -> tuple[str, str, float]:
+def _trec_line(line: bytes, width: int, where: str) -> tuple[str, str, float]:
     fields = decoded(line, where).split()
-    if len(fields) not in (4, 6):
+    if len(fields) not in _WIDTHS:
         fix = "write query Q0 passage rank score run, or query 0 passage grade"
         raise RowFault("no judgement", f"{where}: {len(fields)} fields; {fix}")
+    if len(fields) != width:  # a score among grades, or the other way round
+        problem = f"{len(fields)} fields, but {width} in the lines before"
+        raise RowFault("no judgement", f"{where}: {problem}; keep what a search found and judgements in two files")
+    number = fields[3 if width == _JUDGEMENTS else 4]
     try:
-        grade = float(fields[3 if len(fields) == 4 else 4])
+        grade = float(number)
     except ValueError:
         grade = math.nan
     if not abs(grade) < 1e30:
-        raise RowFault("no grade", f"{where}: {_short(fields[-1])} stands where a finite number is needed; mend it")
+        raise RowFault("no grade", f"{where}: {_short(number)} stands where a finite number is needed; mend it")
     return checked_text(fields[0], "query", "query", where), fields[2], grade
 
 

@@ -156,6 +156,11 @@ def _warn(meta: dict[str, Any], data: GradedData) -> None:
     if told.get("unread"):
         which = "below the highest grade and not below 1" if group.by == "positive_first" else f"after {group.size}"
         lines.append(f"data.group: {told['unread']:,} passages are in no group: those {which} of a query")
+    if told.get("regraded"):
+        lines.append(
+            f"data.sources: {told['regraded']:,} grades are not used, since the passage has another one further on for "
+            "the same query; the last one counts"
+        )
     if told.get("twice"):
         lines.append(
             f"data.sources: {told['twice']:,} of {rows:,} queries have a text twice, under two ids; ids mean the same "

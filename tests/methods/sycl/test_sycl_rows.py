@@ -158,6 +158,36 @@ def test_grades_that_are_all_the_same_are_told(tmp_path: Path):
     assert list(warn(two, {0: looks_of(two)[0]})) == []  # of the other nothing is known
 
 
+def test_grades_that_may_be_ranks_are_told(tmp_path: Path):
+    ranks = write_rows(tmp_path / "r.jsonl", [row("q", *((f"p {rank}", rank) for rank in range(1, 101)))])
+    data = make_data([{"folder": str(ranks)}], size=3)
+    ((is_problem, line),) = warn(data, dict(enumerate(looks_of(data))))
+    assert not is_problem and line.startswith("data.sources: grades looked at reach from 1 to 100; each counts e times")
+    few = make_data([{"folder": str(ranks), "below": 21}], size=3)
+    assert list(warn(few, dict(enumerate(looks_of(few))))) == []
+
+
+def test_rows_with_too_few_passages_are_told_before_the_run(tmp_path: Path):
+    source = rows_in(tmp_path / "in")  # 5 passages each
+    data = make_data([source], size=6, few="refuse")
+    start = "data.sources.0: 10 of 10 rows looked at have too few passages, the first: "
+    lack = 'has 5 of the 6 passages that a group needs; set data.group.few to "cycle"'
+    ((is_problem, line),) = warn(data, dict(enumerate(looks_of(data))))
+    assert is_problem and line.startswith(start) and f"rows.jsonl: line 1: {lack}" in line
+    skipping = data.model_copy(update={"faulty_rows": "skip"})
+    assert [each for each, _ in warn(skipping, dict(enumerate(looks_of(skipping))))] == [False]
+    none = make_data([source | {"at_least": 9}], size=3)
+    (_, left), (is_problem, line) = warn(none, dict(enumerate(looks_of(none))))
+    assert left.startswith("data.sources.0: no passage of the rows looked at is left by at_least and below")
+    assert is_problem and "has 0 of the 1 passages" in line
+    joint = make_data([source, source | {"below": 0}], "query_text", size=3)
+    ((_, left),) = warn(joint, dict(enumerate(looks_of(joint))))
+    assert left.startswith("data.sources.1: no passage of the rows")
+    for fits in (make_data([source], size=6), make_data([source], "query_text", size=6, few="refuse")):
+        assert list(warn(fits, dict(enumerate(looks_of(fits))))) == []  # cycled; other rows may be of the same query
+    assert list(warn(data, {})) == []  # it could not be looked at
+
+
 def test_epochs_are_a_range_where_rows_are_joined(tmp_path: Path):
     source = rows_in(tmp_path / "in")
     alone = make_data([source], size=3)
