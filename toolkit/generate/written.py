@@ -56,11 +56,16 @@ def begun_with(output: Path) -> dict[str, Any] | None:
     """
     path = output / JOURNAL / _RUN
     if not path.is_file():
+        if not is_empty(output):
+            raise RecipeError(f"{path}: is gone, though something is finished; put it back, or choose another --output")
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path}: is damaged ({error}); choose another --output") from None
+    if not isinstance(found, dict) or "begun_with" not in found:
+        raise RecipeError(f"{path}: is damaged (it does not say begun_with); choose another --output")
+    return found
 
 
 def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
