@@ -260,7 +260,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_file_of_requests(tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(batch_file, "sync", full)
-    with pytest.raises(RecipeError, match=r"requests_00001.jsonl: cannot be written \(No space left on device\); make"):
+    with pytest.raises(RecipeError, match=r"requests_00001.jsonl: cannot be written \(No space left on device\); what"):
         run(tmp_path, requests("a"))
     assert not list(tmp_path.glob("*.jsonl"))
     monkeypatch.undo()

@@ -271,7 +271,8 @@ def test_a_full_disk_at_the_end_is_one_line_and_mended_by_the_same_command(
     monkeypatch.setattr(passages, "write_report", full)
     assert run(queries, output) == 2
     said = capsys.readouterr().err
-    assert said == "error: the disk: cannot be used (No space left on device); mend it, or choose another --output\n"
+    fix = "what is finished is kept; mend that, and the same command goes on"
+    assert said == f"error: {output}: cannot be written (No space left on device); {fix}\n"
     assert not (output / "generated.json").exists()
     monkeypatch.undo()
     assert run(queries, output) == 0 and record(output)["counts"]["kept"] == 12

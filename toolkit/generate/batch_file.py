@@ -15,6 +15,7 @@ from toolkit.files import expanded, sync
 from toolkit.generate.chat import FORMS, chat_body, read_completion
 from toolkit.generate.failures import SHORTER, TOO_LONG, is_too_long
 from toolkit.generate.requests import Answer, Engine, Request, Sampling
+from toolkit.generate.written import writing
 from toolkit.ranks.last_words import notice
 from toolkit.recipe.errors import RecipeError, one_line
 
@@ -230,15 +231,13 @@ class _Writer:
         data = line.encode() + b"\n"
         if self._file is not None and (self._held == self._per_file or self._bytes + len(data) > MOST_BYTES):
             self.close()
-        try:
-            if self._file is None:
-                self._number += 1
-                self._path = self._files.requests(self._number)
-                self._file = self._work.open("wb")
-                self._held = self._bytes = 0
+        if self._file is None:
+            self._number += 1
+            self._path = self._files.requests(self._number)
+            self._held = self._bytes = 0
+        with writing(self._path):
+            self._file = self._file or self._work.open("wb")
             self._file.write(data)
-        except OSError as error:
-            raise self._problem(error) from None
         self._held += 1
         self._bytes += len(data)
         self.count += 1
@@ -250,19 +249,13 @@ class _Writer:
     def close(self) -> None:
         if self._file is None:
             return
-        try:
+        with writing(self._path):
             self._file.close()
             sync(self._work)
             self._work.rename(self._path)
             sync(self._files.folder)
-        except OSError as error:
-            raise self._problem(error) from None
         self._file = None
         self.files.append(self._path.name)
-
-    def _problem(self, error: OSError) -> RecipeError:
-        fix = "make room, and give the same command again"
-        return RecipeError(f"{self._path}: cannot be written ({error.strerror}); {fix}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

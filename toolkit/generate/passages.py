@@ -24,7 +24,7 @@ from toolkit.generate.report import Report, write_report
 from toolkit.generate.requests import Engine, Sampling
 from toolkit.generate.tasks import task_of
 from toolkit.generate.template import template_hash
-from toolkit.generate.written import Part, begun_with, check_same, finished, held, is_empty, mend, write_run
+from toolkit.generate.written import Part, begun_with, check_same, finished, held, is_empty, mend, write_run, writing
 from toolkit.ranks.last_words import is_first_rank
 from toolkit.ranks.roll_call import join_ranks
 from toolkit.ranks.together import on_every_rank, together
@@ -170,9 +170,10 @@ def _finish(job: Job, device: torch.device) -> None:
 
     def write() -> str:
         about = {"model": run["model"], "template": job.prompts.hash()}
-        counts = write_files(job.output, job.queries.chosen, places, about)
         engines = _each_once(list(run["engines"].values()))
-        write_report(job.output, Report(job.source, job.begun_with, run["model"], engines, counts, sampled, orders))
+        with writing(job.output):
+            counts = write_files(job.output, job.queries.chosen, places, about)
+            write_report(job.output, Report(job.source, job.begun_with, run["model"], engines, counts, sampled, orders))
         if not counts.kept:
             raise RecipeError(f"{job.output}: no query has a passage of every grade; see {REPORT} there for the causes")
         return (
