@@ -1,6 +1,8 @@
 """Requests in files of OpenAI's batch format and their answers read back: rounds, errors, doubled and unknown lines."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,7 @@ def test_files_without_an_answer_wait_and_what_is_missing_is_written_again(tmp_p
     assert list(found) == ["a"]
     assert [line["custom_id"] for line in lines(tmp_path / "requests_00003.jsonl")] == ["b", "c"]
     assert said[:2] == [
-        f"{tmp_path}: answers 1 with an error of the server's own, not used",
+        f"{tmp_path}: answers 1 with an error of the server's own (too late), not used",
         f"{tmp_path}: 1 answers read; requests_00002.jsonl not answered yet; 2 requests written to requests_00003.jsonl"
         " (2 of them again: their file is answered without them)",
     ]
@@ -226,6 +228,44 @@ def test_the_path_of_a_file_leaves_the_others_of_its_folder_alone(tmp_path):
     assert found["a"].text == "fine" and said == [f"{tmp_path}: 1 answers read"]
     with pytest.raises(RecipeError, match="is a file; name a folder"):
         batch_engine(tmp_path / "queries.jsonl" / "deeper.jsonl", "m", SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"response": {"status_code": "400", "body": {"error": "odd"}}},
+        {"response": {"status_code": None, "body": {"error": "odd"}}},
+        {"response": "odd"},
+        {"response": None, "error": "odd"},
+        {"response": {"status_code": 200, "body": {"error": {"message": "odd"}}}},
+    ],
+)
+def test_odd_answers_are_counted_with_what_they_say_and_written_again(tmp_path, line):
+    run(tmp_path, requests("a"))
+    write(tmp_path / "answers.jsonl", {"custom_id": "a", **line})
+    found, said = run(tmp_path, requests("a"))
+    assert found == {} and said[0] == f"{tmp_path}: answers 1 with an error of the server's own (odd), not used"
+    assert (tmp_path / "requests_00002.jsonl").is_file()
+
+
+def test_answers_that_are_nested_too_deep_are_an_error_with_the_line(tmp_path):
+    run(tmp_path, requests("a"))
+    (tmp_path / "answers.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(RecipeError, match=r"answers.jsonl: line 1: is no JSON object"):
+        run(tmp_path, requests("a"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_file_of_requests(tmp_path, monkeypatch):
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(batch_file, "sync", full)
+    with pytest.raises(RecipeError, match=r"requests_00001.jsonl: cannot be written \(No space left on device\); what"):
+        run(tmp_path, requests("a"))
+    assert not list(tmp_path.glob("*.jsonl"))
+    monkeypatch.undo()
+    run(tmp_path, requests("a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["requests_00001.jsonl"]
 
 
 def test_it_says_which_model_answered(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_an_interrupted_command_goes_on(opened: Opened, queries: Path, tmp_path:
     for name in ("corpus.jsonl", "queries.jsonl", "passages.jsonl", "qrels/train.tsv"):
         assert (output / name).read_bytes() == (fresh / name).read_bytes()
     assert len(record(output)["engines"]) == 1 and record(output)["counts"]["calls"] == 12
+
+
+def test_engines_are_told_once_and_a_killed_session_s_that_knew_less_not():
+    killed = {"engine": "server", "model": "m", "answered_as": [], "response_format": None}
+    whole = killed | {"answered_as": ["m-1"], "response_format": "none"}
+    other = whole | {"model": "n"}
+    assert passages._each_once([killed, whole, killed, other, whole]) == [whole, other]
+    assert passages._each_once([killed, killed]) == [killed]
 
 
 def test_a_larger_limit_goes_on_and_a_smaller_one_is_refused(opened: Opened, queries: Path, tmp_path: Path, capsys):
@@ -262,7 +271,8 @@ def test_a_full_disk_at_the_end_is_one_line_and_mended_by_the_same_command(
     monkeypatch.setattr(passages, "write_report", full)
     assert run(queries, output) == 2
     said = capsys.readouterr().err
-    assert said == "error: the disk: cannot be used (No space left on device); mend it, or choose another --output\n"
+    fix = "what is finished is kept; mend that, and the same command goes on"
+    assert said == f"error: {output}: cannot be written (No space left on device); {fix}\n"
     assert not (output / "generated.json").exists()
     monkeypatch.undo()
     assert run(queries, output) == 0 and record(output)["counts"]["kept"] == 12
@@ -306,6 +316,22 @@ def test_progress_in_a_pipe_is_a_line_now_and_then(opened: Opened, queries: Path
     said = [line for line in capsys.readouterr().out.splitlines() if " of 12 queries: " in line]
     assert len(said) == 9 and said[0].startswith("4 of 12 queries: ") and said[-1].endswith(", 00:00 left")
     assert "tokens/s, 1 answers refused" in said[-1]
+
+
+def test_waiting_for_a_slow_model_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.2)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    said = ""
+    with progress.Progress(4, 1, "queries", True) as bar:
+        deadline = time.monotonic() + 20
+        while "none was finished" not in said and time.monotonic() < deadline:
+            time.sleep(0.02)
+            said += capsys.readouterr().out
+        bar.add({"tokens": 50, "causes": []})
+    assert "1 of 4 queries: none was finished for 0 s; waits for answers\n" in said
+    with progress.Progress(4, 1, "queries", False):
+        time.sleep(0.5)
+    assert "none was finished" not in capsys.readouterr().out  # of another rank
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from distributed import rank_environment
 from scripted_engine import WORDS, passage
-from stub_server import Reply, StubServer, closed, completion, cut_off, failure, too_many
+from stub_server import TOO_LONG, Reply, StubServer, closed, completion, cut_off, failure, too_many
 
 from toolkit.generate import order
 from toolkit.generate.__main__ import main
@@ -66,6 +66,24 @@ def test_a_server_with_faults_writes_what_one_without_does(queries: Path, tmp_pa
         assert main(given(queries, tmp_path / "plain", "--server", stub.url, "--model", "other")) == 2
         assert stub.seen == []
     assert "was begun with model stub, now other" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_may_be_all_too_long(queries: Path, tmp_path: Path, capsys):
+    def some(body: dict[str, Any]) -> Reply:
+        return TOO_LONG["vllm"] if "how is kelp" in body["messages"][-1]["content"] else answer(body)
+
+    output = tmp_path / "out"
+    with StubServer(some) as stub:
+        assert main(given(queries, output, "--server", stub.url)) == 0
+        whole = (output / "passages.jsonl").read_bytes()
+        (part,) = (output / ".journal").glob("part_*.jsonl")
+        part.write_text("".join(line for line in part.open() if json.loads(line)["kept"]))
+        assert main(given(queries, output, "--server", stub.url)) == 0
+        assert (output / "passages.jsonl").read_bytes() == whole
+        stub.answer = lambda body: failure(500, "still loading")
+        capsys.readouterr()
+        assert main(given(queries, tmp_path / "new", "--server", stub.url)) == 2
+        assert "still loading" in capsys.readouterr().err and finished(tmp_path / "new") == {}  # none is dropped
 
 
 def test_batch_files_go_round_until_every_query_is_finished(queries: Path, tmp_path: Path, capsys):

@@ -138,8 +138,14 @@ def test_what_differs_is_named(output: Path):
         RecipeError, match="was begun with seed 1, now 2, form together, now one-by-one; go on with what"
     ):
         check_same(output, found["begun_with"], {"seed": 2, "form": "one-by-one"})
-    (output / ".journal" / "run.json").write_text("{")
-    with pytest.raises(RecipeError, match=r"run.json: is damaged"):
+    for damaged in ("{", "[]", "{}"):
+        (output / ".journal" / "run.json").write_text(damaged)
+        with pytest.raises(RecipeError, match=r"run.json: is damaged"):
+            begun_with(output)
+    (output / ".journal" / "run.json").unlink()
+    assert begun_with(output) is None
+    write(output, ITEMS)  # what was begun cannot be told any more, so nothing may be added to it
+    with pytest.raises(RecipeError, match=r"run.json: is gone, though something is finished; put it back, or choose"):
         begun_with(output)
 
 

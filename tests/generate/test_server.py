@@ -153,7 +153,7 @@ def test_the_number_under_way_grows_to_what_the_server_works_on():
         found, said = asked(stub, 260)
         assert len(found) == 260
         # 8 are worked on and twice as many tried; a step or two more where this machine is slow by chance
-        assert stub.most in (16, 32, 64) and len(said) <= 1
+        assert 16 <= stub.most <= 64 and len(said) <= 1  # where it is slow, not all come at the same time
         assert all("requests are under way" in line for line in said)
 
 
@@ -229,6 +229,52 @@ def test_a_request_that_always_fails_is_given_up_and_the_others_are_not():
         assert found["r5"].failed == f"failed {TRIES} times: HTTP 500: CUDA error"
         assert sum(bool(answer.failed) for answer in found.values()) == 1
         assert sum(body["seed"] == 105 for body in stub.seen) == TRIES
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (TOO_LONG["vllm"], "too long for the model's context"),
+        (failure(500, "still loading"), f"failed {TRIES} times: HTTP 500: still loading"),
+        (
+            Reply(200, {"error": {"message": "still loading", "code": 503}}),
+            f"failed {TRIES} times: answers with something else than a completion (still loading)",
+        ),
+        (
+            Reply(200, "[" * 100_000, (("Content-Type", "application/json"),)),
+            f"failed {TRIES} times: answers with something else than a completion (maximum recursion depth",
+        ),
+    ],
+)
+def test_a_server_that_never_answered_drops_nothing(fault, words):
+    with StubServer(lambda body: fault) as stub:
+        line = refused(stub, 3)
+        assert "not one of 3 requests is answered; the first: " in line and words in line
+        found, _ = asked(stub, 3, succeeded=True)  # an earlier start had answers: these requests are at fault
+        assert len(found) == 3 and all(answer.failed.startswith(words) for answer in found.values())
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("nan"), 10**400, -5, "many", [1], None])
+def test_what_a_server_says_of_itself_can_always_be_written_down(odd):
+    reply = completion("text", usage={"prompt_tokens": odd, "completion_tokens": 3})
+    reply.body["model"] = "half \ud800"
+    cards = {"object": "list", "data": [{"id": "half \udc00", "owned_by": "\ud800", "\ud800": 1}]}
+    with StubServer(lambda body: reply, models=Reply(200, cards)) as stub:
+        engine = server_engine(stub.url, None, SAMPLING)
+        (answer,) = engine.answers(requests(1))
+        assert answer[1:] == ("text", False, 0, 3, "")
+        json.dumps(engine.describe(), ensure_ascii=False).encode()
+        assert engine.describe()["answered_as"] == ["half \\ud800"]
+
+
+def test_a_long_wait_that_the_server_asks_for_is_said(monkeypatch):
+    monkeypatch.setattr(server, "_SECONDS_TO_SAY", 0.1)
+    with StubServer(echo) as stub:
+        stub.script = [too_many("0.6")]
+        found, said = asked(stub, 1)
+        assert len(found) == 1 and said == [
+            f"{stub.url}: HTTP 429: Rate limit reached; it is asked again in 1 s, as it asks"
+        ]
 
 
 def test_a_server_that_only_fails_ends_the_run():
@@ -407,10 +453,14 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, capsys, caplog):
         stub.key, stub.answer = KEY, lambda body: failure(403, f"no access for {KEY}")
         everything += refused(stub)
         stub.answer = lambda body: echoed
-        everything += "".join(answer.failed for answer in asked(stub, 2)[0].values())
+        everything += refused(stub, 2)
+        stub.answer = lambda body: Reply(200, {"error": {"message": f"no {KEY}", "code": 429}})
+        everything += refused(stub, 2)
     everything += "".join(capsys.readouterr()) + caplog.text
     assert KEY not in everything and KEY[-4:] not in everything
     assert "cannot read this: ***" in everything
+    with StubServer(lambda body: Reply(307, {}, (("Location", f"/elsewhere?key={KEY}"),))) as stub:
+        assert "sends to /elsewhere?key=*** (HTTP 307)" in refused(stub, 1)
 
 
 def test_without_a_key_none_is_sent(monkeypatch):
@@ -443,7 +493,7 @@ def test_a_server_that_cannot_list_its_models_will_do_if_one_is_named(status):
         ("localhost:8000/v1", "is no address of a server; write it as http://host:8000/v1"),
         ("ftp://host/v1", "is no address of a server"),
         ("http://host:99999/v1", "is no address of a server"),
-        ("http://host:8000/v1?a=b", "has a part behind ? or #"),
+        (f"http://host:8000/v1?key={KEY}", "http://host:8000/v1: has a part behind ? or #"),
         (
             f"http://user:{KEY}@host/v1",
             "the address holds a password; name the variable with the key by --key-variable",

@@ -15,6 +15,7 @@ from toolkit.files import expanded, sync
 from toolkit.generate.chat import FORMS, chat_body, read_completion
 from toolkit.generate.failures import SHORTER, TOO_LONG, is_too_long
 from toolkit.generate.requests import Answer, Engine, Request, Sampling
+from toolkit.generate.written import writing
 from toolkit.ranks.last_words import notice
 from toolkit.recipe.errors import RecipeError, one_line
 
@@ -143,7 +144,7 @@ class _Batches:
             return Answer(name, "", False, 0, 0, f"{TOO_LONG} ({text})" if is_too_long(text) else text)
         body = line["response"]["body"]
         if isinstance(body.get("model"), str):
-            self._names.add(body["model"])
+            self._names.add(one_line(body["model"], 200))
         return read_completion(name, body)
 
     def _written(self) -> dict[str, _Written]:
@@ -168,6 +169,7 @@ class _Batches:
         unknown: list[str] = []
         lines = Counter[str]()
         doubled = again = 0
+        reason = ""  # of the first of these
         for path in self._files.of_answers():
             for offset, line in _lines(path):
                 name = line.get("custom_id")
@@ -177,23 +179,23 @@ class _Batches:
                 lines[name] += 1
                 outcome = _outcome(line)
                 if outcome == "again":
-                    again += 1
+                    again, reason = again + 1, reason or _error(line)
                     continue
                 before = found.get(name)
                 doubled += before is not None
                 if before is None or (before.failed and outcome == "good"):
                     found[name] = _Found(path, offset, outcome == "failed")
-        self._say_counts(unknown, doubled, again)
+        self._say_counts(unknown, doubled, again, reason)
         return found, {written[name].file for name, count in lines.items() if count >= written[name].times}
 
-    def _say_counts(self, unknown: list[str], doubled: int, again: int) -> None:
+    def _say_counts(self, unknown: list[str], doubled: int, again: int, reason: str) -> None:
         counts = []
         if unknown:
             counts.append(f"{len(unknown):,} with an id that no request has ({one_line(unknown[0], 60)}), not used")
         if doubled:
             counts.append(f"{doubled:,} for a request that has one already, not used")
         if again:
-            counts.append(f"{again:,} with an error of the server's own, not used")
+            counts.append(f"{again:,} with an error of the server's own ({one_line(reason, 120)}), not used")
         if counts:
             self._say(f"{self._folder}: answers {'; '.join(counts)}")
 
@@ -232,9 +234,10 @@ class _Writer:
         if self._file is None:
             self._number += 1
             self._path = self._files.requests(self._number)
-            self._file = self._work.open("wb")
             self._held = self._bytes = 0
-        self._file.write(data)
+        with writing(self._path):
+            self._file = self._file or self._work.open("wb")
+            self._file.write(data)
         self._held += 1
         self._bytes += len(data)
         self.count += 1
@@ -246,11 +249,12 @@ class _Writer:
     def close(self) -> None:
         if self._file is None:
             return
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
+            sync(self._work)
+            self._work.rename(self._path)
+            sync(self._files.folder)
         self._file = None
-        sync(self._work)
-        self._work.rename(self._path)
-        sync(self._files.folder)
         self.files.append(self._path.name)
 
 
@@ -262,7 +266,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, data in enumerate(file, 1):
             try:
                 line = json.loads(data)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if not data.endswith(b"\n"):
                     return
                 line = None if data.strip() else {}
@@ -277,6 +281,7 @@ def _outcome(line: dict[str, Any]) -> str:
     """What a line of answers is: "good", "failed" (the request's own fault) or "again" (the server's)."""
     response = line.get("response")
     status = response.get("status_code", 200) if isinstance(response, dict) else 0
+    status = status if isinstance(status, int) else 0
     body = response.get("body") if isinstance(response, dict) else None
     if not line.get("error") and status == 200 and isinstance(body, dict):
         try:
@@ -289,7 +294,8 @@ def _outcome(line: dict[str, Any]) -> str:
 
 def _error(line: dict[str, Any]) -> str:
     """Why a request has no answer, in one line."""
-    found: Any = line.get("error") or (line.get("response") or {}).get("body")
+    response = line.get("response")
+    found: Any = line.get("error") or (response.get("body") if isinstance(response, dict) else response)
     while isinstance(found, dict):
         found = found.get("error") or found.get("message") or json.dumps(found)
     return one_line(" ".join(str(found or "no reason is given").split()), 300)

@@ -10,6 +10,7 @@ from toolkit.recipe.errors import one_line
 
 FORMS = ("json_schema", "json_object", "none")
 """How a server is told that the answer is JSON, the strictest first."""
+_MOST_TOKENS = 10**9  # of one call; whoever says more counts something else
 
 
 def messages(request: Request) -> list[dict[str, str]]:
@@ -43,8 +44,8 @@ def read_completion(name: str, completion: Any) -> Answer:
         message, ended = choice["message"], choice.get("finish_reason")
         text, refusal = message.get("content") or "", message.get("refusal")
         usage = completion.get("usage") or {}
-        prompt, tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (LookupError, TypeError, AttributeError, ValueError):
+        prompt, tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    except (LookupError, TypeError, AttributeError):
         raise ValueError("is no chat completion") from None
     if not isinstance(text, str):
         raise ValueError("is no chat completion")
@@ -54,3 +55,8 @@ def read_completion(name: str, completion: Any) -> Answer:
     elif refusal and not text:
         failed = f"refused by the model: {one_line(refusal, 200)}"
     return Answer(name, text, ended == "length", prompt, tokens, failed)
+
+
+def _count(said: Any) -> int:
+    """Tokens as a server counts them; 0 where it says nothing that can be so many."""
+    return int(said) if isinstance(said, int | float) and 0 <= said <= _MOST_TOKENS else 0

@@ -69,14 +69,18 @@ def model_asked_for(arguments: argparse.Namespace) -> str | None:
     return str(folder.resolve()) if local else arguments.model
 
 
-def open_engine(arguments: argparse.Namespace, sampling: Sampling, device: torch.device) -> Engine:
+def open_engine(arguments: argparse.Namespace, sampling: Sampling, device: torch.device, succeeded: bool) -> Engine:
     """The engine that the flags name.
+
+    Args:
+        succeeded: some request of an earlier start was answered.
 
     Raises:
         RecipeError: if it cannot be reached or loaded.
     """
     if arguments.server is not None:
-        return server_engine(arguments.server, arguments.model, sampling, key_variable=arguments.key_variable)
+        key = arguments.key_variable
+        return server_engine(arguments.server, arguments.model, sampling, key_variable=key, succeeded=succeeded)
     if arguments.batch_file is not None:
         return batch_engine(arguments.batch_file, arguments.model, sampling)
-    return local_engine(arguments.model, sampling, device)
+    return local_engine(arguments.model, sampling, device, succeeded=succeeded)

@@ -27,16 +27,15 @@ def is_too_long(text: str) -> bool:
 class FirstFailures:
     """Holds failed answers back until the first good one; an engine keeps one for all that it answers."""
 
-    def __init__(self, where: str) -> None:
-        """`where` names the engine at the beginning of an error."""
-        self._where = where
-        self._succeeded = False
+    def __init__(self, where: str, succeeded: bool) -> None:
+        """`where` names the engine at the beginning of an error; `succeeded`: an earlier start had a good answer."""
+        self._where, self._succeeded = where, succeeded
 
     def passed_on(self, answers: Generator[Answer]) -> Iterator[Answer]:
         """The same answers.
 
         Raises:
-            RecipeError: once IN_A_ROW failed before the first success, or if all there were are too long.
+            RecipeError: once IN_A_ROW failed before the first success, or if all there were failed.
         """
         held: list[Answer] = []
         with closing(answers):  # at once, if whoever takes them stops
@@ -49,9 +48,8 @@ class FirstFailures:
                 self._succeeded = True
                 yield from (*held, answer)
                 held = []
-        if held and all(answer.failed.startswith(TOO_LONG) for answer in held):
+        if held:
             raise self._error(held)
-        yield from held
 
     def _error(self, held: list[Answer]) -> RecipeError:
         reason = held[0].failed

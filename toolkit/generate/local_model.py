@@ -44,7 +44,14 @@ class _Prompt(NamedTuple):
     ids: list[int]
 
 
-def local_engine(name: str, sampling: Sampling, device: torch.device, *, say: Callable[[str], None] = notice) -> Engine:
+def local_engine(
+    name: str,
+    sampling: Sampling,
+    device: torch.device,
+    *,
+    succeeded: bool = False,
+    say: Callable[[str], None] = notice,
+) -> Engine:
     """The engine of a causal language model with a chat template, in bf16 on a GPU and in fp32 on a CPU.
 
     On a CPU every request is drawn by its own seed, so an answer does not depend on the others of its batch, but for
@@ -52,6 +59,7 @@ def local_engine(name: str, sampling: Sampling, device: torch.device, *, say: Ca
 
     Args:
         name: a folder, or an id of the hub, which is then downloaded.
+        succeeded: some request of an earlier start was answered, so failures of this one are those of its requests.
 
     Raises:
         RecipeError: in one line, for a model that is not there, cannot be loaded, or has no chat template.
@@ -71,7 +79,7 @@ def local_engine(name: str, sampling: Sampling, device: torch.device, *, say: Ca
             "an instruct or chat model, or put the chat_template.jinja of this one into its folder"
         )
     is_folder = expanded(name).is_dir()
-    return _Local(str(folder.resolve()) if is_folder else name, folder, model, tokenizer, sampling, say)
+    return _Local(str(folder.resolve()) if is_folder else name, folder, model, tokenizer, sampling, succeeded, say)
 
 
 def _how(device: torch.device) -> tuple[torch.dtype, str]:
@@ -95,7 +103,14 @@ def _folder(name: str) -> Path:
 
 class _Local:
     def __init__(
-        self, name: str, folder: Path, model: Any, tokenizer: Any, sampling: Sampling, say: Callable[[str], None]
+        self,
+        name: str,
+        folder: Path,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        succeeded: bool,
+        say: Callable[[str], None],
     ) -> None:
         self._name, self._folder, self._say = name, folder, say
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
@@ -108,7 +123,7 @@ class _Local:
         self._model.generation_config = self._greedy = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=self._ends, pad_token_id=self._pad
         )
-        self._first_failures = FirstFailures(f"--model {name}")
+        self._first_failures = FirstFailures(f"--model {name}", succeeded)
 
     def describe(self) -> dict[str, Any]:
         """The model, its type, size and format, the snapshot if it is the hub's, and what the seeds are for."""

@@ -24,7 +24,7 @@ from toolkit.generate.report import Report, write_report
 from toolkit.generate.requests import Engine, Sampling
 from toolkit.generate.tasks import task_of
 from toolkit.generate.template import template_hash
-from toolkit.generate.written import Part, begun_with, check_same, finished, held, is_empty, mend, write_run
+from toolkit.generate.written import Part, begun_with, check_same, finished, held, is_empty, mend, write_run, writing
 from toolkit.ranks.last_words import is_first_rank
 from toolkit.ranks.roll_call import join_ranks
 from toolkit.ranks.together import on_every_rank, together
@@ -135,7 +135,8 @@ def _write(job: Job, arguments: argparse.Namespace, device: torch.device, sessio
         if rank() == 0:
             print(f"{job.output}: all {len(job.queries.chosen):,} queries are finished; nothing is asked", flush=True)
         return
-    engine = on_every_rank(lambda: open_engine(arguments, job.sampling, device))
+    succeeded = any(place.kept for place in done.values())
+    engine = on_every_rank(lambda: open_engine(arguments, job.sampling, device, succeeded))
     together(lambda: _keep_engine(job, arguments, engine, session))
     before = (len(job.queries.chosen) - len(left)) // world_size()
     own = left[rank() :: world_size()]
@@ -169,9 +170,10 @@ def _finish(job: Job, device: torch.device) -> None:
 
     def write() -> str:
         about = {"model": run["model"], "template": job.prompts.hash()}
-        counts = write_files(job.output, job.queries.chosen, places, about)
-        engines = [told for place, told in enumerate(told_by) if told not in told_by[:place]]
-        write_report(job.output, Report(job.source, job.begun_with, run["model"], engines, counts, sampled, orders))
+        engines = _each_once(list(run["engines"].values()))
+        with writing(job.output):
+            counts = write_files(job.output, job.queries.chosen, places, about)
+            write_report(job.output, Report(job.source, job.begun_with, run["model"], engines, counts, sampled, orders))
         if not counts.kept:
             raise RecipeError(f"{job.output}: no query has a passage of every grade; see {REPORT} there for the causes")
         return (
@@ -179,10 +181,24 @@ def _finish(job: Job, device: torch.device) -> None:
             f"{counts.causes.total():,} of {counts.calls:,} answers were refused"
         )
 
-    told_by = list(run["engines"].values())
     line = together(write)
     if rank() == 0:
         print(f"{line}\nwritten to {job.output}: see {REPORT} and {RECORD}", flush=True)
+
+
+def _each_once(told_by: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the engines of all sessions said of themselves, without what another one says and more: a session that was
+    killed does not know how it was answered."""
+    said = [{key: value for key, value in told.items() if value not in ([], None)} for told in told_by]
+
+    def is_less(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return one != other and all(key in other and other[key] == value for key, value in one.items())
+
+    return [
+        told
+        for place, told in enumerate(told_by)
+        if said[place] not in said[:place] and not any(is_less(said[place], other) for other in said)
+    ]
 
 
 def _order(check: str, sampled: list[Sampled], seed: int, device: torch.device) -> Order:

@@ -1,9 +1,11 @@
-"""How far a generation is: a bar with the time left, tokens a second and refused answers; in a pipe a line at times.
+"""How far a generation is: a bar with the time left, tokens a second and refused answers; in a pipe a line at times,
+also while nothing is finished.
 
 Called by every kind of generation, on the first rank.
 """
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +13,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Progress:
@@ -25,25 +28,49 @@ class Progress:
         self._total, self._unit, self._shown = total, unit, shown
         self._done, self._before = done_before, done_before
         self._tokens, self._refused = 0, 0
-        self._began = self._said = time.monotonic()
+        self._began = self._said = self._came = time.monotonic()
         self._bar = tqdm(
             total=total, initial=done_before, unit=unit, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
         )
 
+        self._ended = threading.Event()
+        self._waiting = threading.Thread(target=self._say_that_it_waits, daemon=True)
         if shown and self._bar.disable:
             print(f"{done_before:,} of {total:,} {unit} are finished; asks for {total - done_before:,}", flush=True)
 
     def __enter__(self) -> Self:
+        if self._shown:
+            self._waiting.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if self._shown:
+            self._waiting.join()
         self._bar.close()
+
+    def _say_that_it_waits(self) -> None:
+        """A line, or the bar anew, where nothing is finished for long: slow models leave minutes between two items."""
+        while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
+            now = time.monotonic()
+            if now - max(self._said, self._came) < SECONDS_BETWEEN_LINES:
+                continue
+            self._said = now
+            if self._bar.disable:
+                print(
+                    f"{self._done:,} of {self._total:,} {self._unit}: none was finished for "
+                    f"{now - self._came:,.0f} s; waits for answers",
+                    flush=True,
+                )
+            else:
+                self._bar.refresh()
 
     def add(self, record: dict[str, Any]) -> None:
         """Count an item with its tokens and refused answers."""
         self._done += 1
+        self._came = time.monotonic()
         self._tokens += record["tokens"]
         self._refused += len(record["causes"])
         rate = self._tokens / max(time.monotonic() - self._began, 1e-9)

@@ -19,10 +19,10 @@ from toolkit.generate.chat import FORMS, chat_body, read_completion
 from toolkit.generate.failures import FirstFailures
 from toolkit.generate.requests import Answer, Engine, Request, Sampling
 from toolkit.generate.server_address import KEY_VARIABLE, checked_address, is_local, key_of, unused_proxy
-from toolkit.generate.server_faults import Fault, Kind, Place, fault_of
+from toolkit.generate.server_faults import Fault, Kind, Place, fault_of, words_of
 from toolkit.generate.under_way import UnderWay
 from toolkit.ranks.last_words import notice
-from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.errors import RecipeError, one_line
 
 CONNECT_SECONDS = 10.0
 TRIES = 5
@@ -44,6 +44,7 @@ def server_engine(
     sampling: Sampling,
     *,
     key_variable: str | None = None,
+    succeeded: bool = False,
     timeout: float = 600.0,
     patience: float = 300.0,
     say: Callable[[str], None] = notice,
@@ -54,6 +55,7 @@ def server_engine(
         url: as "http://host:8000/v1".
         model: may be None where the server lists exactly one.
         key_variable: environment variable that holds the key; None: OPENAI_API_KEY, which may be absent.
+        succeeded: some request of an earlier start was answered, so failures of this one are those of its requests.
         timeout: seconds for one answer.
         patience: seconds without any answer, but with errors, after which the run ends.
         say: takes one line at a time.
@@ -70,19 +72,25 @@ def server_engine(
     if key and urlsplit(url).scheme == "http" and not is_local(url):
         say(f"warning: {url}: the key of {place.key_variable} travels unencrypted; write https:// if the server can")
     cards = _models(place)
-    place = place._replace(listed=[str(card.get("id")) for card in cards])
+    place = place._replace(listed=[card["id"] for card in cards])
     if model is None:
         if len(cards) != 1:
             named = f"it has {', '.join(place.listed[:8])}" if cards else "it lists no model"
             raise RecipeError(f"{url}: name the model with --model; {named}")
         place = place._replace(model=place.listed[0])
     card = next((card for card in cards if card.get("id") == place.model), {})
-    return _Server(place, card, sampling, patience, say)
+    return _Server(place, card, sampling, patience, succeeded, say)
 
 
 class _Server:
     def __init__(
-        self, place: Place, card: dict[str, Any], sampling: Sampling, patience: float, say: Callable[[str], None]
+        self,
+        place: Place,
+        card: dict[str, Any],
+        sampling: Sampling,
+        patience: float,
+        succeeded: bool,
+        say: Callable[[str], None],
     ) -> None:
         self._place, self._card, self._sampling, self._patience, self._say = place, card, sampling, patience, say
         self._names: list[str] = []  # that the server's answers give for the model
@@ -91,7 +99,7 @@ class _Server:
         self._tokens_key = "max_tokens"
         self._most = min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._under_way = UnderWay(self._most, time.monotonic)
-        self._first_failures = FirstFailures(place.url)
+        self._first_failures = FirstFailures(place.url, succeeded)
         self._flying = 0
         self._resume_at = 0.0  # nothing is sent before
         self._silent_since: float | None = None  # the first error since the last answer
@@ -100,7 +108,7 @@ class _Server:
 
     def describe(self) -> dict[str, Any]:
         """The address, the model asked for, what is listed of it, the names its answers gave, and their form."""
-        listed = {key: value for key, value in self._card.items() if isinstance(value, str | int) and key != "created"}
+        listed = {key: value for key, value in self._card.items() if key != "created"}
         return {
             "engine": "server",
             "url": self._place.url,
@@ -180,20 +188,23 @@ class _Server:
     async def _send(self, client: AsyncOpenAI, request: Request, form: str) -> Answer | Fault:
         body = chat_body(request, self._place.model, self._sampling, form)
         body[self._tokens_key] = body.pop("max_tokens")
+        completion: Any = None
         self._flying += 1
         try:
             completion = await client.post("/chat/completions", cast_to=object, body=body)
             answer = read_completion(request.name, completion)
         except APIError as error:
             return fault_of(error, self._place)
-        except ValueError as error:  # no JSON, or another one
-            return Fault(Kind.AGAIN, f"answers with something else than a completion ({_first_words(error)})")
+        except (ValueError, RecursionError) as error:  # no JSON, or another one, perhaps with an error in it
+            has_said = isinstance(completion, dict) and completion.get("error")
+            what = words_of(completion, self._place.key) if has_said else _first_words(error)
+            return Fault(Kind.AGAIN, f"answers with something else than a completion ({what})")
         finally:
             self._flying -= 1
         assert isinstance(completion, dict)
         named = completion.get("model")
-        if isinstance(named, str) and named not in self._names:
-            self._names.append(named)
+        if isinstance(named, str) and (name := one_line(named, 200)) not in self._names:
+            self._names.append(name)
         return answer
 
     def _succeeded(self, answer: Answer, request: Request, form: str) -> None:
@@ -239,7 +250,8 @@ class _Server:
             self._resume_at = max(self._resume_at, now + fault.wait)
         if not self._spoken_of and (seconds > _SECONDS_TO_SAY or silent > _SECONDS_TO_SAY):
             self._spoken_of = True
-            self._speak(f"{self._place.url}: {fault.text}; it is asked again, for up to {self._patience:g} s")
+            when = f"in {fault.wait:,.0f} s, as it asks" if fault.wait else f"for up to {self._patience:g} s"
+            self._speak(f"{self._place.url}: {fault.text}; it is asked again {when}")
         await asyncio.sleep(seconds)
 
     async def _is_alive(self, client: AsyncOpenAI) -> bool:
@@ -248,7 +260,7 @@ class _Server:
             return True
         try:
             await client.get("/models", cast_to=object, options={"timeout": CONNECT_SECONDS})
-        except (APIError, ValueError):
+        except (APIError, ValueError, RecursionError):
             return False
         return True
 
@@ -315,12 +327,20 @@ def _models(place: Place) -> list[dict[str, Any]]:
             if place.model and isinstance(error, APIStatusError) and (fault.kind is not Kind.RUN or _is_404(fault)):
                 return []
             raise RecipeError(f"{place.url}: {fault.text}") from None
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             found = None
     if not isinstance(found, list) or not all(isinstance(card, dict) for card in found):
         v1 = "" if place.url.endswith("/v1") else f"; write --server {place.url}/v1"
         raise RecipeError(f"{place.url}: answers, but not as an OpenAI-compatible server{v1}")
-    return found
+    return [_card(card) for card in found]
+
+
+def _card(card: dict[str, Any]) -> dict[str, Any]:
+    """What is listed of a model, as far as it is text or a number, in texts that every file takes."""
+    found = {one_line(key, 60): value for key, value in card.items() if isinstance(value, str | int)}
+    return {key: one_line(value) if isinstance(value, str) else value for key, value in found.items()} | {
+        "id": one_line(card.get("id"))
+    }
 
 
 def _is_404(fault: Fault) -> bool:

@@ -24,7 +24,8 @@ def checked_address(url: str) -> str:
     if not whole:
         raise RecipeError(f"--server {url}: is no address of a server; write it as http://host:8000/v1")
     if parts.query or parts.fragment:
-        raise RecipeError(f"--server {url}: has a part behind ? or #; leave it out")
+        shown = url.partition("?")[0].partition("#")[0]  # what stands behind it may be a key
+        raise RecipeError(f"--server {shown}: has a part behind ? or #; leave it out")
     return url.rstrip("/").removesuffix("/chat/completions")
 
 

@@ -10,7 +10,7 @@ import ssl
 import time
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError
 
@@ -66,11 +66,15 @@ def fault_of(error: APIError, place: Place) -> Fault:
 
 def said(error: APIError, key: str, longest: int = 300) -> str:
     """What a server says in an error, in one line and without the key."""
-    body = error.body
+    return words_of(error.body or error.message, key, longest)
+
+
+def words_of(body: Any, key: str, longest: int = 300) -> str:
+    """What a body says, in one line and without the key: its message where it is an error in the form of OpenAI."""
     if isinstance(body, dict):
         inner = body.get("error", body)
         body = inner.get("message") or inner.get("detail") or inner if isinstance(inner, dict) else inner
-    text = " ".join(str(body or error.message).split())
+    text = " ".join(str(body).split())
     return one_line(text.replace(key, "***") if key else text, longest)
 
 
@@ -116,7 +120,7 @@ def _of_status(error: APIStatusError, place: Place) -> Fault:
         case 400 | 413 | 422:
             return _of_request(error, text, place)
         case _ if 300 <= status < 400:
-            where = one_line(error.response.headers.get("location", "elsewhere"), 200)
+            where = words_of(error.response.headers.get("location", "elsewhere"), place.key, 200)
             return Fault(Kind.RUN, f"sends to {where} (HTTP {status}); name that address in --server")
         case _ if status >= 500 or status in (408, 409, 425):
             return Fault(Kind.AGAIN, f"HTTP {status}: {text}", retry_after(error))

@@ -56,11 +56,16 @@ def begun_with(output: Path) -> dict[str, Any] | None:
     """
     path = output / JOURNAL / _RUN
     if not path.is_file():
+        if not is_empty(output):
+            raise RecipeError(f"{path}: is gone, though something is finished; put it back, or choose another --output")
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path}: is damaged ({error}); choose another --output") from None
+    if not isinstance(found, dict) or "begun_with" not in found:
+        raise RecipeError(f"{path}: is damaged (it does not say begun_with); choose another --output")
+    return found
 
 
 def check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -79,7 +84,18 @@ def _short(value: Any) -> str:
 
 def write_run(output: Path, run: dict[str, Any]) -> None:
     """Keep what the generation was begun with."""
-    replace_text(output / JOURNAL / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    with writing(output):
+        replace_text(output / JOURNAL / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turns what the disk refuses, as when it is full, into a RecipeError with the fix."""
+    try:
+        yield
+    except OSError as error:
+        fix = "what is finished is kept; mend that, and the same command goes on"
+        raise RecipeError(f"{place}: cannot be written ({error.strerror}); {fix}") from None
 
 
 class Part:
@@ -87,28 +103,20 @@ class Part:
 
     def __init__(self, output: Path, number: int) -> None:
         self._path = output / JOURNAL / f"part_{number:05d}.jsonl"
-        try:
+        with writing(self._path):
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             sync(self._path.parent)
-        except OSError as error:
-            raise self._problem(error) from None
 
     def append(self, record: dict[str, Any]) -> None:
         """Raises RecipeError if it cannot be written; what is left of the line then is cut off at the next start."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        try:
+        with writing(self._path):
             while line:
                 line = line[os.write(self._file, line) :]
             os.fsync(self._file)
-        except OSError as error:
-            raise self._problem(error) from None
 
     def close(self) -> None:
         os.close(self._file)
-
-    def _problem(self, error: OSError) -> RecipeError:
-        fix = "what is finished is kept; mend that, and the same command goes on"
-        return RecipeError(f"{self._path}: cannot be written ({error.strerror}); {fix}")
 
 
 def parts(output: Path) -> list[Path]:
