@@ -14,7 +14,7 @@ from distributed import rank_environment
 from scripted_engine import WORDS, passage
 from stub_server import TOO_LONG, Reply, StubServer, closed, completion, cut_off, failure, too_many
 
-from toolkit.generate import order
+from toolkit.generate import order, server
 from toolkit.generate.__main__ import main
 from toolkit.generate.written import finished
 
@@ -68,7 +68,9 @@ def test_a_server_with_faults_writes_what_one_without_does(queries: Path, tmp_pa
     assert "was begun with model stub, now other" in capsys.readouterr().err
 
 
-def test_what_a_killed_run_left_may_be_all_too_long(queries: Path, tmp_path: Path, capsys):
+def test_what_a_killed_run_left_may_be_all_too_long(queries: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(server, "FIRST_PAUSE", 0.01)
+
     def some(body: dict[str, Any]) -> Reply:
         return TOO_LONG["vllm"] if "how is kelp" in body["messages"][-1]["content"] else answer(body)
 

@@ -12,6 +12,7 @@ import pytest
 from chat_models import save_chat_model
 from distributed import free_port, rank_environment
 
+from toolkit.generate.__main__ import main
 from toolkit.generate.requests import Request, Sampling
 from toolkit.generate.server import server_engine
 from toolkit.recipe.errors import RecipeError
@@ -66,6 +67,35 @@ def test_its_answers_come_through(served):
     assert len({answer.text for answer in answers.values()}) > 1
     (named,) = engine.describe()["answered_as"]
     assert named.startswith(str(folder)) and said == []
+
+
+SHORT = """
+[grades]
+"3" = "a"
+"2" = "b"
+"1" = "c"
+"0" = "d"
+[one_by_one]
+system = "be good"
+user = "$query $wanted $attributes $examples"
+example = "$example_query $answer"
+[attributes]
+"""
+
+
+def test_its_garbage_is_refused_and_counted(served, tmp_path, capsys):
+    url, folder = served
+    (tmp_path / "short.toml").write_text(SHORT)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": f"how is {i}"}) + "\n" for i in range(2)))
+    asked = ["--queries", str(tmp_path / "q.jsonl"), "--seed", "1", "--form", "one-by-one", "--max-tokens", "16"]
+    by = ["--server", url, "--model", str(folder), "--template", str(tmp_path / "short.toml")]
+    assert main(["passages", "--output", str(tmp_path / "out"), *asked, *by]) == 2
+    assert "no query has a passage of every grade; see report.md there" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "generated.json").read_text())
+    assert found["counts"]["dropped"] == 2
+    assert 8 <= sum(found["rejections"].values()) <= found["counts"]["calls"] <= 16  # now and then one may pass
+    assert "no answer" not in found["rejections"] and found["counts"]["tokens"] > 16
+    assert (tmp_path / "out" / "passages.jsonl").read_text() == ""
 
 
 def test_another_model_than_the_one_it_serves(served):

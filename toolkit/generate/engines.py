@@ -13,6 +13,7 @@ from toolkit.generate.batch_file import batch_engine
 from toolkit.generate.local_model import local_engine
 from toolkit.generate.requests import Engine, Sampling
 from toolkit.generate.server import server_engine
+from toolkit.ranks.last_words import is_first_rank, notice
 from toolkit.recipe.errors import RecipeError
 
 
@@ -83,4 +84,6 @@ def open_engine(arguments: argparse.Namespace, sampling: Sampling, device: torch
         return server_engine(arguments.server, arguments.model, sampling, key_variable=key, succeeded=succeeded)
     if arguments.batch_file is not None:
         return batch_engine(arguments.batch_file, arguments.model, sampling)
+    if is_first_rank():
+        notice(f"--model {arguments.model}: is being loaded")  # which takes minutes for a large one
     return local_engine(arguments.model, sampling, device, succeeded=succeeded)

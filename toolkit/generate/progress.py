@@ -1,7 +1,6 @@
-"""How far a generation is: a bar with the time left, tokens a second and refused answers; in a pipe a line at times,
-also while nothing is finished.
+"""How far a generation is: a bar with the time left, tokens a second and refused answers; in a pipe a line at times.
 
-Called by every kind of generation, on the first rank.
+Called by every kind of generation, on the first rank. Where nothing is finished for long, that is said too.
 """
 
 import sys
