@@ -14,6 +14,7 @@ from distributed import REPOSITORY, WORKERS, launch, pooled, rank_environment, r
 CLEAN = {"fails": None, "stays": False}
 
 
+@pytest.mark.full
 def test_the_pool_gives_what_launched_ranks_give(tmp_path: Path) -> None:
     """To the bit; the worker joins the process group as a run does."""
     answer = run_on_ranks("pool_ranks.py", 3, {"rows": 5}, tmp_path)

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from beir import write_beir
-from distributed import rank_environment, run_on_ranks
+from distributed import run_on_ranks, run_python
 from retrievers import tiny_retriever
 
 from eval import evaluate as evaluation
@@ -257,8 +255,7 @@ def test_earlier_results_are_read_before_anything_is_scored(loaded: list[str], f
 @pytest.mark.parametrize("what", ["bm25", "nothing"])
 def test_command_errors_are_one_line(what: str, folder: Path, tmp_path: Path):
     suite = str(folder) if what == "nothing" else f"{folder}:train"
-    command = [sys.executable, "-m", "eval.run", what, "--suite", suite, "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, check=False)
+    done = run_python("-m", "eval.run", what, "--suite", suite, "--output", str(tmp_path / "out"))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ")

@@ -152,6 +152,7 @@ def test_a_rank_that_dies_ends_the_others(
     assert_same_run(tmp_path / "run", whole_of_three)
 
 
+@FULL
 def test_other_numbers_of_ranks_go_on(recipe: Path, whole: Path, tmp_path: Path) -> None:
     """Begun on two ranks and asked to stop, taken up on one: equal rows, losses to 1e-5."""
     done, said, _ = run_with(f"warn 0 {FAULTY_STEP}", recipe, tmp_path / "run")
