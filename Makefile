@@ -27,9 +27,9 @@ quickstart: .venv/installed-$(EXTRA)
 test: .venv/installed-cpu,test
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not full and not main"
 
-# The quickstart in small: two ranks train, export, evaluate and report; it is also killed, goes on, and gives the same.
+# The main job as launchers run it: the quickstart in small, killed, resumed and compared; on two nodes; with faults.
 test-main: .venv/installed-cpu,test
-	$(PYTEST) -m main
+	$(PYTEST) $(SIDE_BY_SIDE) -m "main and not full"
 
 test-all: .venv/installed-cpu,test
 	$(PYTEST) $(SIDE_BY_SIDE)

@@ -1,6 +1,6 @@
 """One of several ranks dies, stands still, reads other rows or is asked to stop: what ends, what is said, what goes on.
 
-pytest tests/faults runs every fault of the README's table that needs a run of its own.
+Run by make test-main; pytest tests/faults runs every fault of the README's table that needs a run of its own.
 """
 
 import json
@@ -20,6 +20,7 @@ Done = subprocess.CompletedProcess
 STAGE = "stage_0_language_model"
 STEPS, FAULTY_STEP = 8, 5
 FULL = pytest.mark.full
+pytestmark = pytest.mark.main
 
 
 @pytest.fixture(scope="module")

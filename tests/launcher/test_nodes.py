@@ -1,4 +1,7 @@
-"""The main job on two nodes: through pdsh over ssh, and through mpirun; killed on one node, resumed, compared."""
+"""The main job on two nodes: through pdsh over ssh, and through mpirun; killed on one node, resumed, compared.
+
+Run by make test-main.
+"""
 
 import json
 import re
@@ -10,6 +13,8 @@ from beir import write_beir
 from distributed import free_port
 from nodes import HOSTS, SECRET, Nodes, finish, require, two_nodes
 from recipe_changes import changed
+
+pytestmark = pytest.mark.main
 
 STEPS = 12
 # else mpirun refuses to run as root
