@@ -205,3 +205,17 @@ def test_it_says_what_it_is(folder):
     assert about["model"] == str(folder) and about["engine"] == "transformers" and about["type"] == "llama"
     assert about["dtype"] == "float32" and about["seeds"] == "one for each request" and about["parameters"] > 1000
     json.dumps(about)
+
+
+@pytest.mark.parametrize(("has_amx", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_weights_in_bf16_stay_so_where_the_processor_multiplies_them(tmp_path, monkeypatch, has_amx, dtype):
+    folder = save_chat_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+    assert local_engine(str(folder), SAMPLING, CPU).describe()["dtype"] == dtype
+
+
+def test_weights_in_fp32_stay_so(folder, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert local_engine(str(folder), SAMPLING, CPU).describe()["dtype"] == "float32"

@@ -23,7 +23,7 @@ from toolkit.files import expanded
 from toolkit.generate.chat import messages
 from toolkit.generate.failures import TOO_LONG, FirstFailures
 from toolkit.generate.requests import Answer, Engine, Request, Sampling
-from toolkit.models.backbone import DTYPES, load_causal_lm
+from toolkit.models.backbone import DTYPES, load_causal_lm, read_config
 from toolkit.models.places import hub_problem
 from toolkit.models.vocabulary import model_tokenizer
 from toolkit.prepare.models import MODEL_FILES, NOT_MODEL_FILES
@@ -52,7 +52,8 @@ def local_engine(
     succeeded: bool = False,
     say: Callable[[str], None] = notice,
 ) -> Engine:
-    """The engine of a causal language model with a chat template, in bf16 on a GPU and in fp32 on a CPU.
+    """The engine of a causal language model with a chat template, in bf16 on a GPU and in fp32 on a CPU; there, too,
+    in bf16 where the weights are in it and the processor has AMX, without which it is slower.
 
     On a CPU every request is drawn by its own seed, so an answer does not depend on the others of its batch, but for
     the last bits of the arithmetic. On a GPU one seed, of the first request, is for all that a start asks.
@@ -66,7 +67,7 @@ def local_engine(
     """
     folder = _folder(name)
     try:
-        model: Any = load_causal_lm(folder, *_how(device), device)
+        model: Any = load_causal_lm(folder, *_how(folder, device), device)
         tokenizer = model_tokenizer(folder, model.config)
     except ValueError as error:
         raise RecipeError(f"--model: {error}") from None
@@ -82,10 +83,11 @@ def local_engine(
     return _Local(str(folder.resolve()) if is_folder else name, folder, model, tokenizer, sampling, succeeded, say)
 
 
-def _how(device: torch.device) -> tuple[torch.dtype, str]:
+def _how(folder: Path, device: torch.device) -> tuple[torch.dtype, str]:
     """Number format and attention; flash attention only where its package is installed, none comes from the hub."""
     if device.type != "cuda":
-        return DTYPES["fp32"], "sdpa"
+        is_bf16 = read_config(folder).dtype == DTYPES["bf16"] and torch.cpu.get_capabilities().get("amx_bf16", False)
+        return DTYPES["bf16" if is_bf16 else "fp32"], "sdpa"
     return DTYPES["bf16"], "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
