@@ -323,12 +323,13 @@ def test_waiting_for_a_slow_model_is_said(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.02)
     said = ""
     with progress.Progress(4, 1, "queries", True) as bar:
+        bar.heard()
         deadline = time.monotonic() + 20
         while "none was finished" not in said and time.monotonic() < deadline:
             time.sleep(0.02)
             said += capsys.readouterr().out
         bar.add({"tokens": 50, "causes": []})
-    assert "1 of 4 queries: none was finished for 0 s; waits for answers\n" in said
+    assert "1 of 4 queries: none was finished for 0 s; 1 answers have come\n" in said
     with progress.Progress(4, 1, "queries", False):
         time.sleep(0.5)
     assert "none was finished" not in capsys.readouterr().out  # of another rank

@@ -4,7 +4,7 @@ Called by every kind of generation.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from toolkit.generate.requests import Answer, Engine, Request
@@ -29,11 +29,14 @@ class Task(Protocol):
         ...
 
 
-def ask(engine: Engine, tasks: Iterable[Task]) -> Iterator[Task]:
+def ask(engine: Engine, tasks: Iterable[Task], heard: Callable[[], None] | None = None) -> Iterator[Task]:
     """The tasks as they are finished, in any order; each is begun only when the engine has room for its requests.
 
     What follows from an answer is asked before new tasks are begun. An engine ends when no request is left to draw;
     what follows from its last answers is asked in another round.
+
+    Args:
+        heard: called for every answer, also where no task is finished by it.
 
     Raises:
         Unanswered: if the engine ended without an answer to some request.
@@ -56,6 +59,8 @@ def ask(engine: Engine, tasks: Iterable[Task]) -> Iterator[Task]:
 
     while True:
         for answer in engine.answers(requests()):
+            if heard is not None:
+                heard()
             task = asked.pop(answer.name)
             following = task.take(answer)
             asked.update((request.name, task) for request in following)

@@ -142,7 +142,7 @@ def _write(job: Job, arguments: argparse.Namespace, device: torch.device, sessio
     own = left[rank() :: world_size()]
     with closing(Part(job.output, rank())) as part, Progress(before + len(own), before, "queries", rank() == 0) as bar:
         began = time.monotonic()
-        for task in ask(engine, (task_of(job.prompts, query) for query in own)):
+        for task in ask(engine, (task_of(job.prompts, query) for query in own), bar.heard):
             assert task.record is not None
             part.append(task.record | {"session": session, "seconds": round(time.monotonic() - began, 3)})
             bar.add(task.record)

@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Progress:
-    """A context: `add` for each finished item."""
+    """A context: `add` for each finished item, `heard` for each answer."""
 
     def __init__(self, total: int, done_before: int, unit: str, shown: bool) -> None:
         """
@@ -26,7 +26,7 @@ class Progress:
         """
         self._total, self._unit, self._shown = total, unit, shown
         self._done, self._before = done_before, done_before
-        self._tokens, self._refused = 0, 0
+        self._tokens, self._refused, self._heard = 0, 0, 0
         self._began = self._said = self._came = time.monotonic()
         self._bar = tqdm(
             total=total, initial=done_before, unit=unit, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
@@ -60,11 +60,15 @@ class Progress:
             if self._bar.disable:
                 print(
                     f"{self._done:,} of {self._total:,} {self._unit}: none was finished for "
-                    f"{now - self._came:,.0f} s; waits for answers",
+                    f"{now - self._came:,.0f} s; {self._heard:,} answers have come",
                     flush=True,
                 )
             else:
                 self._bar.refresh()
+
+    def heard(self) -> None:
+        """Count an answer: an item may need several."""
+        self._heard += 1
 
     def add(self, record: dict[str, Any]) -> None:
         """Count an item with its tokens and refused answers."""
