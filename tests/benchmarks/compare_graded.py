@@ -160,9 +160,8 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"{len(queries)} queries, paired; p Holm: over all pairs")
     for (before, after), change, p_holm in zip(pairs, compared, holm([c.p_value for c in compared]), strict=True):
         counts = f"{change.wins}/{change.ties}/{change.losses}"
-        print(
-            f"{before + ' -> ' + after:28}{interval(change):28} p {p_text(change.p_value)}, Holm {p_text(p_holm)}  {counts}"
-        )
+        tested = f"p {p_text(change.p_value)}, Holm {p_text(p_holm)}  {counts}"
+        print(f"{before + ' -> ' + after:28}{interval(change):28} {tested}")
 
 
 def scores_of_all(arguments: argparse.Namespace, seed: int, system: str) -> dict[str, float]:
