@@ -167,7 +167,7 @@ def test_the_authors_loss_and_gradients(name: str) -> None:
     assert torch.equal(found.target.round(decimals=6).double(), expected["positive"].double())
     if case.surrogate_query is not None:
         assert float(parts["masked"][0]) == float(expected["masked"].sum())
-        assert float(parts["masked"][1]) == float((expected["positive"] == 0).sum())  # what might have been masked
+        assert float(parts["masked"][1]) == float((expected["positive"] == 0).sum())  # all negatives
 
 
 @pytest.mark.parametrize("name", GIVEN)
