@@ -14,8 +14,8 @@ from toolkit.data.pairs import PairBatch
 from toolkit.losses.contrastive import InfoNCE, info_nce
 from toolkit.losses.masks import Surrogate, relative_limit
 from toolkit.methods.objective import Loss, Objective
+from toolkit.methods.pair_keys import FalseNegatives, PairLossSettings, RelativeRule
 from toolkit.models.encoder import Encoder
-from toolkit.recipe.pair_loss import FalseNegatives, PairLossSettings, RelativeRule
 from toolkit.recipe.training import Batch
 from toolkit.slicing import Slices, padding
 

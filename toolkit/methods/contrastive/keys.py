@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from toolkit.methods.keys import MethodKeys, only_retriever
-from toolkit.recipe.pair_loss import PairLossSettings, check_pair_loss
+from toolkit.methods.pair_keys import PairLossSettings, check_pair_loss
 from toolkit.recipe.pairs import PairsData, check_pairs
 from toolkit.recipe.stage import Stage
 
@@ -12,7 +12,7 @@ from toolkit.recipe.stage import Stage
 class ContrastiveObjective(PairLossSettings):
     """InfoNCE over (query, positives, hard negatives) rows: every other document of the pool is a negative."""
 
-    name: Literal["contrastive"]
+    name: Literal["contrastive"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 ContrastiveStage = Stage[ContrastiveObjective, PairsData]

@@ -1,6 +1,6 @@
-"""The objective section that the methods on pairs share, and what does not fit together in it.
+"""The keys that the objectives of several methods on pairs share, and what does not fit together in them.
 
-A method's own section inherits from PairLossSettings.
+A method's own section inherits from PairLossSettings, and adds its name.
 """
 
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from toolkit.recipe.pairs import PairsData
+from toolkit.recipe.pairs import PairsData, surrogate_problems
 from toolkit.recipe.section import Positive, Section
-from toolkit.recipe.surrogate import PreviousSurrogate, Surrogate
+from toolkit.recipe.surrogate import Surrogate
 
 Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 
@@ -49,6 +49,7 @@ FalseNegatives = Annotated[RelativeRule | AbsoluteRule, Field(discriminator="rul
 class PairLossSettings(Section):
     """InfoNCE over (query, positives, hard negatives) rows: every other document of the pool is a negative."""
 
+    name: str
     temperature: Annotated[float, Field(gt=0)] = Field(description="Scores are divided by it (starting value).")
     learn_temperature: bool = Field(False, description="Train the temperature too (one scalar, at least 0.01).")
     directions: Annotated[list[Direction], Field(min_length=1)] = Field(
@@ -115,6 +116,5 @@ def _check_rows(at: str, settings: PairLossSettings, data: PairsData, first_stag
     if own_alone and found is not None:
         problem = "leaves out documents of other rows, which in_batch_negatives leaves out too; remove one of the two"
         yield f"{at}.false_negatives", problem
-    if found is not None and isinstance(found.surrogate, PreviousSurrogate) and first_stage:
-        problem = 'there is no stage before the first; write {"by": "retriever", "from": ...}'
-        yield f"{at}.false_negatives.surrogate.by", problem
+    for key, problem in surrogate_problems(found.surrogate, first_stage) if found is not None else ():
+        yield f"{at}.false_negatives.surrogate.{key}", problem
