@@ -20,10 +20,8 @@ SAID = {"toolkit.recipe", "toolkit.methods", "toolkit.methods.keys"}
 TEXTS = GROUND | {"toolkit.recipe", "toolkit.data"}
 MODELS = TEXTS | {"toolkit.slicing", "toolkit.ranks", "toolkit.models"}
 SEARCH = MODELS | {"toolkit.losses", "toolkit.export", "toolkit.retrieval"}
-ONE_METHOD = SEARCH | {"toolkit.prepare"} | {
-    f"toolkit.methods.{name}"
-    for name in ("keys", "method", "shared", "costs", "pairs", "passages", "preview", "objective")
-}
+METHOD_PARTS = ("keys", "method", "shared", "costs", "pairs", "pair_loss", "passages", "preview", "objective")
+ONE_METHOD = SEARCH | {"toolkit.prepare"} | {f"toolkit.methods.{name}" for name in METHOD_PARTS}
 EVERYTHING = ONE_METHOD | SAID | {"toolkit.checkpoint", "toolkit.training"}
 
 # What of ours each module may import besides its own room; the longest matching name counts.
