@@ -243,6 +243,10 @@ def _longest(what: str, model: Any, changes: EvalSettings) -> int:
     wanted, usable = model.max_seq_length, longest_input(config)
     if changes.max_tokens is not None:
         return changes.max_tokens
+    if usable is None:
+        if wanted is None:
+            raise RecipeError(f"{what}: names no longest input, and its positions have no end; add --max-tokens")
+        return int(wanted)
     if wanted is not None and wanted > usable and rank() == 0:
         note = above_positions(wanted, usable, "sentence_bert_config.json or tokenizer_config.json")
         print(f"note: {what}: {note}", file=sys.stderr, flush=True)
