@@ -95,12 +95,12 @@ def clusters_ahead(settings: Clusters, sizes: list[int]) -> list[tuple[str, str]
 def _told(settings: Clusters, rows: int, dim: int) -> str:
     """What K-means does with the rows of a source, and what it holds."""
     clusters, sample = -(-rows // settings.size), min(rows, settings.sample)
-    of_points = sample * point_bytes(dim) / 2**30
-    of_centroids = 3 * clusters * 2 * dim * 4 / 2**30  # the best ones, those at work, and faiss's
-    which = "all" if sample == rows else f"{sample:,}"
+    held = sample * point_bytes(dim) + 3 * clusters * 2 * dim * 4  # centroids: the best, those at work, and faiss's
+    size = f"{held / 2**30:.1f} GiB" if held >= 2**30 else f"{held / 2**20:.0f} MiB"
+    which = "all of them" if sample == rows else f"{sample:,} of them, drawn by the seed"
     return (
-        f"{clusters:,} of {rows:,} rows; K-means reads {which} of them, two points each, {settings.restarts} times "
-        f"{settings.iterations} iterations at most, and holds {of_points + of_centroids:.1f} GiB"
+        f"{clusters:,} for {rows:,} rows; K-means reads {which}, two points each, {settings.restarts} times "
+        f"{settings.iterations} iterations at most, and holds {size}"
     )
 
 

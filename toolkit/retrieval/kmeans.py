@@ -130,8 +130,9 @@ def assign(read: Read, count: int, centroids: np.ndarray, say: Say) -> np.ndarra
     """The centroid with the largest inner product to [q; d] of each of `count` pairs: int64 [count]."""
     faiss = faiss_module()
     index = faiss.IndexFlatIP(centroids.shape[1])
-    if faiss.get_num_gpus():
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    resources = faiss.StandardGpuResources() if faiss.get_num_gpus() else None
+    if resources is not None:
+        index = faiss.index_cpu_to_gpu(resources, 0, index)
     index.add(centroids)
     found = np.empty(count, np.int64)
     for first, query, document in _blocks(read, np.arange(count)):
@@ -159,11 +160,11 @@ def nearest_others(vectors: np.ndarray, count: int, say: Say) -> np.ndarray:
     faiss finds them in fp32. Where its error leaves open whether one that it left out is nearer, the list ends.
 
     Returns:
-        int32 [n, min(count, n - 1)], at least one column; -1 behind the end of a list. Memory grows with n count.
+        int32 [n, count]; -1 behind the end of a list. Memory grows with n count.
     """
     faiss, total = faiss_module(), len(vectors)
     found = min(total, count + _NEAR_MARGIN)
-    near = np.full((total, max(1, min(count, total - 1))), -1, np.int32)
+    near = np.full((total, count), -1, np.int32)
     wide = vectors.astype(np.float64)
     narrow = (wide - wide.mean(0)).astype(np.float32)  # distances stay, and fp32 tells smaller ones apart
     norms = np.linalg.norm(narrow, axis=1)
@@ -176,7 +177,7 @@ def nearest_others(vectors: np.ndarray, count: int, say: Say) -> np.ndarray:
         error = 2 * (vectors.shape[1] + 8) * np.finfo(np.float32).eps * reach**2  # of |x|^2 + |y|^2 - 2 xy in fp32
         certain = rough[:, -1] - error if found < total else np.full(len(own), np.inf)
         exact[(others == own[:, None]) | (exact >= certain[:, None])] = np.inf
-        order = np.lexsort((others, exact), axis=1)[:, : near.shape[1]]
+        order = np.lexsort((others, exact), axis=1)[:, :count]
         sure = np.isfinite(np.take_along_axis(exact, order, 1))
         near[own, : order.shape[1]] = np.where(sure, np.take_along_axis(others, order, 1), -1)
     return near
