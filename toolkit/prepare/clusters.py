@@ -88,7 +88,12 @@ def clusters_ahead(settings: Clusters, sizes: list[int]) -> list[tuple[str, str]
     for number, rows in enumerate(sizes):
         name = "clusters" if len(sizes) == 1 else f"clusters of source {number}"
         dim = settings.surrogate.svd
-        lines.append((name, _told(settings, rows, dim or _WIDE) + (f" if vectors have {_WIDE}" if dim is None else "")))
+        lines.append(
+            (
+                name,
+                _told(settings, rows, dim or _WIDE) + (f" if vectors have {_WIDE} dimensions" if dim is None else ""),
+            )
+        )
     return lines
 
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,8 +34,9 @@ from toolkit.recipe.pairs import PairsData
 from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, RetrieverSurrogate, Surrogate
 from toolkit.retrieval.bm25 import say_language
 from toolkit.retrieval.embed import checkpoint_digest, encode
-from toolkit.retrieval.reduce import FIT_ROWS, sparse_svd_basis, svd_basis, unit
+from toolkit.retrieval.reduce import FIT_ROWS, check_dim, sparse_svd_basis, svd_basis, unit
 from toolkit.retrieval.retrievers import load_any
+from toolkit.retrieval.settings import with_settings
 from toolkit.retrieval.vectors import Store, is_finished, open_shard, save_shard
 from toolkit.retrieval.word_vectors import weighted, word_weights
 from toolkit.retrieval.words import reading_of
@@ -64,17 +66,17 @@ def know_surrogate(
     Raises:
         RecipeError: for a retriever that cannot be loaded.
     """
-    retriever, kept = None, surrogate.model_dump(include={"by", "svd"})
+    retriever: Retriever | None = None
     try:
         if isinstance(surrogate, RetrieverSurrogate):
-            changes = surrogate.model_dump(exclude={"by", "from_", "svd"})
-            settings = EvalSettings.model_validate(changes)
-            retriever = load_any(surrogate.from_, None, settings, torch.device(device)).retriever
+            changes = EvalSettings.model_validate(surrogate.model_dump(exclude={"by", "from_", "svd"}))
+            found = load_any(surrogate.from_, None, changes, torch.device(device)).retriever
+            retriever = on_every_rank(lambda: with_settings(found, changes))
         elif isinstance(surrogate, PreviousSurrogate):
             assert previous is not None  # the recipe demands it
             retriever = on_every_rank(lambda: load_export(previous, device))
     except RecipeError as error:
-        raise RecipeError(f"{at}: {error}") from None
+        raise RecipeError(f"{at}: {_with_keys(str(error))}") from None
     loaded = retriever
 
     def key() -> str:
@@ -85,10 +87,17 @@ def know_surrogate(
             who = checkpoint_digest(loaded)
         texts = hashlib.sha256(store.query_key.tobytes())
         texts.update(store.document_key.tobytes())
-        parts = [_LAYOUT, kept, who, len(store.query), texts.hexdigest()]
+        parts = [_LAYOUT, surrogate.svd, who, len(store.query), texts.hexdigest()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     return Known(together(key), retriever)
+
+
+def _with_keys(problem: str) -> str:
+    """What evaluation says of its flags, said of the keys of a surrogate."""
+    for key in ("max_tokens", "query_prefix", "passage_prefix", "pooling", "normalize"):
+        problem = problem.replace(f"--{key.replace('_', '-')}", key)
+    return problem.replace("eval.max_tokens", "max_tokens")
 
 
 def surrogate_vectors(
@@ -131,7 +140,7 @@ def surrogate_vectors(
             together(lambda: _by_words(surrogate, texts, counts, folder, at))
         else:
             retriever = known.retriever
-            _embed(retriever, texts, counts, work, at)
+            _embed(retriever, texts, counts, surrogate.svd, work, at)
             together(lambda: _gather(surrogate.svd, counts, work, folder, at))
             on_rank_zero(lambda: shutil.rmtree(work))
 
@@ -159,7 +168,7 @@ def _told(at: str, work: Callable[[], Made]) -> Made:
 # --------------------------------------------------------------------------- a retriever's
 
 
-def _embed(retriever: Retriever, texts: Texts, counts: dict[str, int], work: Path, at: str) -> None:
+def _embed(retriever: Retriever, texts: Texts, counts: dict[str, int], svd: int | None, work: Path, at: str) -> None:
     """Write a file of vectors for each block of texts that has none yet, fp16 [texts, dim]."""
     shards = Store(work / "shards", "vectors")
     with telling() as say:
@@ -176,6 +185,9 @@ def _embed(retriever: Retriever, texts: Texts, counts: dict[str, int], work: Pat
                     vectors = encode(retriever, named, kind, shards)
                 except ValueError as error:
                     raise RecipeError(f"{at}: {error}; name another retriever") from None
+                if svd is not None:  # told now, not when all are embedded
+                    shape = (min(counts["query"], FIT_ROWS), vectors.shards[0].vectors.shape[1])
+                    _told(f"{at}.svd", partial(check_dim, svd, *shape))
                 together(lambda vectors=vectors, path=path, side=side: _keep(vectors.array(), path, side, at))
                 del vectors
                 on_rank_zero(lambda: shutil.rmtree(shards.folder))

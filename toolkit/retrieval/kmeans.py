@@ -58,8 +58,6 @@ def paired_kmeans(
     """
     say("reads vectors")
     points = _points(read, rows)
-    if not np.isfinite(points).all():
-        raise ValueError("vectors are not finite")
     best: Fit | None = None
     for start in range(restarts):
 
@@ -81,6 +79,8 @@ def _points(read: Read, rows: np.ndarray) -> np.ndarray:
         if points is None:
             points = np.empty((2 * len(rows), 2 * query.shape[1]), np.float32)
         forward = joint(query, document)
+        if not np.isfinite(forward).all():
+            raise ValueError("vectors are not finite")
         points[first : first + len(query)] = forward
         there = points[len(rows) + first : len(rows) + first + len(query)]
         there[:, : query.shape[1]], there[:, query.shape[1] :] = np.split(forward, 2, axis=1)[::-1]
