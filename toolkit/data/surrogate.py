@@ -25,11 +25,12 @@ class SurrogateVectors(NamedTuple):
 
     query: np.ndarray  # fp16 [the store's query texts, dim]
     document: np.ndarray  # fp16 [the store's document texts, dim]
+    digest: str = ""  # of both
 
     @classmethod
     def open(cls, folder: Path, store: PairStore) -> "SurrogateVectors":
         """Raises FileNotFoundError if the folder is not finished, ValueError if a file is damaged or of other pairs."""
-        dim, _ = _meta(folder)
+        dim, digests = _meta(folder)
         arrays = [np.load(folder / f"{side}.npy", mmap_mode="r", allow_pickle=False) for side in ("query", "document")]
         found = [len(array) for array in arrays]
         if found != [len(store.query), len(store.document)]:
@@ -37,7 +38,7 @@ class SurrogateVectors(NamedTuple):
             raise ValueError(f"{problem} {len(store.query):,} and {len(store.document):,}")
         if any(array.dtype != np.float16 or array.shape[1:] != (dim,) for array in arrays):
             raise ValueError(f"its arrays are not fp16 of {dim} dimensions")
-        return cls(*arrays)
+        return cls(*arrays, digest=" ".join(digests.values()))
 
     def of_rows(self, store: PairStore, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the queries and of the first positives of rows: fp32 [rows, dim] each."""

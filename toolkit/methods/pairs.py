@@ -12,12 +12,14 @@ from toolkit.data.first_look import Look, check_limit, look_at_pairs, no_negativ
 from toolkit.data.packing import ClusterPlan, pools_of
 from toolkit.data.pairs import PairBatch, PairPlan, PairStore, collate_pairs
 from toolkit.data.stream import Plan
+from toolkit.data.surrogate import SurrogateVectors
 from toolkit.data.tokens import pad_id
 from toolkit.methods.method import Feed, Lines, Models, Row, StageRun, Tokenizers
 from toolkit.methods.preview import as_tokens
 from toolkit.prepare.clusters import prepare_clusters
 from toolkit.prepare.negatives import with_negatives
 from toolkit.prepare.pairs import prepare_pairs
+from toolkit.prepare.surrogate import surrogate_vectors
 from toolkit.recipe.pairs import PairsData, PairSource
 from toolkit.recipe.stage import Stage
 
@@ -25,15 +27,19 @@ PairStage = Stage[Any, PairsData]
 
 
 def open_pairs(run: StageRun, models: Models, tokenizer: Any) -> Feed:
-    """The pairs of a stage; mined first, where the recipe asks for it."""
+    """The pairs of a stage; mined first, and looked at by a surrogate, where the recipe asks for it."""
     stage = run.stage
     previous = None if run.before is None else run.before / "export"
     data = with_negatives(stage.data, previous, run.run, run.seed, run.device)
     # Limits draw by the recipe's seed, so that those of several stages are nested.
     store = prepare_pairs(data, stage.encoder_settings, models.retriever.folder, run.run, run.seed)
     slots = {"positives": data.positives, "negatives": data.negatives}
-    collate = partial(_collate, store, slots | {"seed": run.data_seed, "pad_id": pad_id(tokenizer)})
     plan, digest = _plan(run, data, store, previous)
+    vectors = _surrogate(run, data, store, previous)
+    if vectors is not None:
+        digest = _digest(digest, vectors.digest)
+    settings = {"seed": run.data_seed, "pad_id": pad_id(tokenizer), "surrogate": vectors and vectors[:2]}
+    collate = partial(_collate, store, slots | settings)
     return Feed(plan, collate, len(store), "pairs", digest, store.examples)
 
 
@@ -47,7 +53,20 @@ def _plan(run: StageRun, data: PairsData, store: PairStore, previous: Path | Non
     pools_of(store.sizes, pool, within)  # an error comes before hours of embedding
     clusters = prepare_clusters(data, store, previous, run.run, run.seed, run.device)
     plan = ClusterPlan(clusters, pool, packing.walk, within, run.data_seed)
-    return plan, hashlib.blake2b(f"{store.digest} {clusters.digest}".encode(), digest_size=8).hexdigest()
+    return plan, _digest(store.digest, clusters.digest)
+
+
+def _surrogate(run: StageRun, data: PairsData, store: PairStore, previous: Path | None) -> SurrogateVectors | None:
+    """The vectors by which the objective finds false negatives; None if it does not."""
+    rule = run.stage.objective.false_negatives
+    if rule is None:
+        return None
+    at = "objective.false_negatives.surrogate"
+    return surrogate_vectors(rule.surrogate, data, store, previous, run.run, run.seed, run.device, at)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _collate(store: PairStore, settings: dict[str, Any], pool: int, places: np.ndarray, rows: np.ndarray) -> PairBatch:

@@ -54,7 +54,7 @@ def load_encoder_backbone(folder: str | Path, dtype: torch.dtype, device: torch.
     """
     config = read_config(folder)
     _check_direction(config, folder)
-    return _load(_headless_class(config), folder, config, dtype, "sdpa").to(device)
+    return _load(headless_class(config), folder, config, dtype, "sdpa").to(device)
 
 
 def load_adapted(base: str | Path, adapter: Path, dtype: torch.dtype, device: torch.device | str) -> PeftModel:
@@ -106,7 +106,7 @@ def check_weights(folder: Path) -> None:
     """check_report of a folder whose model another library loads; nothing is allocated."""
     with _readable(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model, report = _headless_class(config).from_pretrained(
+        model, report = headless_class(config).from_pretrained(
             folder,
             device_map="meta",
             use_safetensors=True,
@@ -133,11 +133,6 @@ def check_adapter(base: str, folder: Path) -> None:
     check_fit(model, folder)
 
 
-def _headless_class(config: PretrainedConfig) -> Any:
-    """What reads a text as a retriever; of T5, AutoModel would be the decoder too."""
-    return T5EncoderModel if config.model_type == "t5" else AutoModel
-
-
 def _auto_name(auto: Any) -> str:
     """The key of an auto_map that names a class in place of this one."""
     return "AutoModelForCausalLM" if auto is AutoModelForCausalLM else "AutoModel"
@@ -145,8 +140,13 @@ def _auto_name(auto: Any) -> str:
 
 def _without_weights(config: PretrainedConfig) -> Any:
     """A headless model of random weights."""
-    found = _headless_class(config)
+    found = headless_class(config)
     return found.from_config(config, **headless(config)) if found is AutoModel else found(config)
+
+
+def headless_class(config: PretrainedConfig) -> Any:
+    """What reads a text as a retriever; of T5, AutoModel would be the decoder too."""
+    return T5EncoderModel if config.model_type == "t5" else AutoModel
 
 
 def headless(config: PretrainedConfig) -> dict[str, bool]:

@@ -69,8 +69,8 @@ def know_surrogate(
     retriever: Retriever | None = None
     try:
         if isinstance(surrogate, RetrieverSurrogate):
-            changes = EvalSettings.model_validate(surrogate.model_dump(exclude={"by", "from_", "svd"}))
-            found = load_any(surrogate.from_, None, changes, torch.device(device)).retriever
+            changes = EvalSettings.model_validate(surrogate.model_dump(exclude={"by", "from_", "svd", "dense"}))
+            found = load_any(surrogate.from_, None, changes, torch.device(device), surrogate.dense).retriever
             retriever = on_every_rank(lambda: with_settings(found, changes))
         elif isinstance(surrogate, PreviousSurrogate):
             assert previous is not None  # the recipe demands it
