@@ -43,7 +43,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "rule",
-    [{"surrogate": PREVIOUS, "rule": "relative", "eps": 0.0}, {"surrogate": BM25, "rule": "absolute", "cut": 0.5}],
+    [{"surrogate": PREVIOUS, "rule": "relative", "eps": 0.0}, {"surrogate": BM25, "rule": "absolute", "cut": 0.05}],
     ids=["previous", "bm25"],
 )
 @pytest.mark.usefixtures("made_up_corpus")
