@@ -88,6 +88,9 @@ def test_the_masks_change_the_loss_and_nothing_else(tmp_path: Path, monkeypatch:
 def test_two_ranks_leave_out_what_one_does(tmp_path: Path) -> None:
     """From the files of the pairs on, in pools that span the ranks: the same rows, masks and losses."""
     model, source = save_model(tmp_path / "model", "bert"), write_source(tmp_path / "pairs", rows_of_topics(40))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # drawn anew on each rank
+    (model / "config.json").write_text(json.dumps(config))
     encoder = {"pooling": "mean", "normalize": True, "append_eos": None, "query_prefix": "", "passage_prefix": ""}
     recipe = recipe_with({"surrogate": {"by": "bm25", "text": "prose", "svd": 8}, "rule": "relative", "eps": 0.0})
     stage = recipe["stages"][1] | {
