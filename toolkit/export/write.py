@@ -170,8 +170,7 @@ def _write_adapter(folder: Path, backbone: PeftModel, state: dict[str, Tensor], 
 
 def _write_model(folder: Path, model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     config: Any = copy.deepcopy(model.config)
-    # Written once, as the embedding; T5 names it twice.
-    tied = {"lm_head.weight", "encoder.embed_tokens.weight"} if config.tie_word_embeddings else set()
+    tied: Any = model.all_tied_weights_keys  # written once, under the name of the embedding
     expected = [name for name, _ in model.named_parameters() if name not in tied]
     state = {name: weight for name, weight in state.items() if name not in tied}
     _check_names(expected, state)
