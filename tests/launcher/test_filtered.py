@@ -85,6 +85,7 @@ def test_the_masks_change_the_loss_and_nothing_else(tmp_path: Path, monkeypatch:
     assert found["all"]["rows"] == found["none"]["rows"]
 
 
+@pytest.mark.timeout(900)
 def test_two_ranks_leave_out_what_one_does(tmp_path: Path) -> None:
     """From the files of the pairs on, in pools that span the ranks: the same rows, masks and losses."""
     model, source = save_model(tmp_path / "model", "bert"), write_source(tmp_path / "pairs", rows_of_topics(40))
