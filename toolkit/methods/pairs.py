@@ -18,6 +18,7 @@ from toolkit.methods.preview import as_tokens
 from toolkit.prepare.clusters import prepare_clusters
 from toolkit.prepare.negatives import with_negatives
 from toolkit.prepare.pairs import prepare_pairs
+from toolkit.prepare.surrogate import missing_folder
 from toolkit.recipe.pairs import PairsData, PairSource
 from toolkit.recipe.stage import Stage
 
@@ -72,7 +73,9 @@ def look(source: PairSource, data: PairsData) -> Look:
 
 
 def warn(data: PairsData, looks: dict[int, Look]) -> Iterator[tuple[bool, str]]:
-    """Slots of the rows that stay empty; mined negatives are found later."""
+    """Slots of the rows that stay empty, mined negatives being found later; a surrogate that is not there."""
+    if data.clusters is not None and (problem := missing_folder(data.clusters.surrogate)):
+        yield True, f"data.clusters.surrogate.from: {problem}"
     if data.mine is not None:
         return
     if data.negatives and len(looks) == len(data.sources) and all(each.negatives is False for each in looks.values()):

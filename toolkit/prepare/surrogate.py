@@ -35,7 +35,7 @@ from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, Retriever
 from toolkit.retrieval.bm25 import say_language
 from toolkit.retrieval.embed import checkpoint_digest, encode
 from toolkit.retrieval.reduce import FIT_ROWS, check_dim, sparse_svd_basis, svd_basis, unit
-from toolkit.retrieval.retrievers import load_any
+from toolkit.retrieval.retrievers import load_any, names_no_retriever
 from toolkit.retrieval.settings import with_settings
 from toolkit.retrieval.vectors import Store, is_finished, open_shard, save_shard
 from toolkit.retrieval.word_vectors import weighted, word_weights
@@ -57,6 +57,13 @@ class Known(NamedTuple):
 
     key: str  # 16 hex digits of all that decides its vectors
     retriever: Retriever | None  # None: BM25
+
+
+def missing_folder(surrogate: Surrogate) -> str | None:
+    """What is wrong with a surrogate that a recipe names by a folder which is not there; no access to the hub."""
+    if isinstance(surrogate, RetrieverSurrogate) and names_no_retriever(surrogate.from_):
+        return f"{one_line(surrogate.from_)}: no such folder; name the folder of a retriever, or its id on the hub"
+    return None
 
 
 def know_surrogate(
