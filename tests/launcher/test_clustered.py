@@ -107,6 +107,11 @@ def test_a_dry_run_says_what_clustering_takes(tmp_path: Path, monkeypatch: pytes
             tmp_path, recipe, monkeypatch, capsys, "--set", f"stages.1.data.clusters.{change}"
         )
         assert (code, problems) == (2, f"stages.1.data.clusters.{line}\n")
+    gone = str(tmp_path / "gone")
+    change = f'stages.1.data.clusters.surrogate={{"by": "retriever", "from": "{gone}"}}'
+    told = f"{gone}: no such folder; name the folder of a retriever, or its id on the hub\n"
+    found = dry_run(tmp_path, recipe, monkeypatch, capsys, "--set", change)
+    assert found[::2] == (2, f"stages.1.data.clusters.surrogate.from: {told}")
     recipe["stages"][1]["batch"]["pool"] = 160
     few = "stages.1.data.sources: 157 rows are fewer than a pool of 160; lower batch.pool or add data\n"
     assert dry_run(tmp_path, recipe, monkeypatch, capsys)[::2] == (2, few)

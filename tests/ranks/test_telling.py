@@ -9,7 +9,7 @@ from toolkit.ranks.telling import telling
 
 
 def test_a_line_every_so_often_and_none_after_the_work(capsys):
-    with telling(0.05) as say:
+    with telling(seconds=0.05) as say:
         time.sleep(0.2)
         assert capsys.readouterr().out == ""  # nothing was said yet
         say("the first half")
@@ -32,7 +32,7 @@ def test_short_work_says_nothing_and_an_error_ends_it(capsys):
 
 def test_other_ranks_are_silent(capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "rank", lambda: 1)
-    with telling(0.02) as say:
+    with telling(seconds=0.02) as say:
         say("something")
         time.sleep(0.1)
     assert capsys.readouterr().out == ""

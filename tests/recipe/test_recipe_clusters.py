@@ -10,9 +10,11 @@ from garbage import VALUES, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe_changes import changed, problems, write
+from test_documents import ROOT, tabled_keys
 from test_recipe_checks import NO_LANGUAGE, second
 from test_recipe_garbage import load, places, replaced
 
+from toolkit.recipe.clusters import Clusters, Packing
 from toolkit.recipe.schema import load_recipe
 from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, RetrieverSurrogate
 
@@ -138,6 +140,13 @@ def test_a_stage_with_clusters_loads_and_is_written_as_it_was_read(surrogate: An
     assert load_recipe(path) == recipe and load_recipe(path).digest() == recipe.digest()
     other = load_recipe(path, ("stages.1.data.clusters.seed=43",))
     assert other.digest() != recipe.digest()
+
+
+def test_the_page_names_the_keys():
+    keys = tabled_keys((ROOT / "docs" / "contextual_batches.md").read_text(encoding="utf-8"))
+    sections = {"clusters": Clusters, "packing": Packing}
+    known = [[f"data.{name}", *(f"data.{name}.{key}" for key in of.model_fields)] for name, of in sections.items()]
+    assert keys == [key for section in known for key in section]
 
 
 @examples(100)

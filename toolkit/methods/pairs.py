@@ -19,7 +19,8 @@ from toolkit.methods.preview import as_tokens
 from toolkit.prepare.clusters import prepare_clusters
 from toolkit.prepare.negatives import with_negatives
 from toolkit.prepare.pairs import prepare_pairs
-from toolkit.prepare.surrogate import surrogate_vectors
+from toolkit.prepare.surrogate import missing_folder, surrogate_vectors
+from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.pairs import PairsData, PairSource
 from toolkit.recipe.stage import Stage
 
@@ -73,6 +74,13 @@ def _collate(store: PairStore, settings: dict[str, Any], pool: int, places: np.n
     return collate_pairs(store, rows, pool, places, **settings)
 
 
+def check_surrogate(stage: PairStage) -> None:
+    """Raise RecipeError if the objective asks a surrogate that is not there; no access to the hub."""
+    rule = stage.objective.false_negatives
+    if rule is not None and (problem := missing_folder(rule.surrogate)):
+        raise RecipeError(f"objective.false_negatives.surrogate.from: {problem}")
+
+
 def pair_row(stage: PairStage) -> Row:
     """What a row of pairs is."""
     data = stage.data
@@ -91,7 +99,9 @@ def look(source: PairSource, data: PairsData) -> Look:
 
 
 def warn(data: PairsData, looks: dict[int, Look]) -> Iterator[tuple[bool, str]]:
-    """Slots of the rows that stay empty; mined negatives are found later."""
+    """Slots of the rows that stay empty, mined negatives being found later; a surrogate that is not there."""
+    if data.clusters is not None and (problem := missing_folder(data.clusters.surrogate)):
+        yield True, f"data.clusters.surrogate.from: {problem}"
     if data.mine is not None:
         return
     if data.negatives and len(looks) == len(data.sources) and all(each.negatives is False for each in looks.values()):

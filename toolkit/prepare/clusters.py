@@ -6,6 +6,7 @@ Called by training on every rank: all ranks embed, rank 0 clusters; a problem is
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from toolkit.determinism import generator
 from toolkit.files import placing_folder
 from toolkit.prepare.surrogate import know_surrogate, surrogate_vectors
 from toolkit.ranks.telling import telling
-from toolkit.ranks.together import open_everywhere, together
+from toolkit.ranks.together import open_everywhere, together, together_for_long
 from toolkit.recipe.clusters import Clusters
 from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.pairs import PairsData
@@ -61,7 +62,7 @@ def prepare_clusters(
     if not on_rank_zero(folder.is_dir):
         together(place_of_kmeans)  # an error without faiss, before hours of embedding
         vectors = surrogate_vectors(settings.surrogate, data, store, previous, run, seed, device)
-        together(lambda: _write(settings, store, vectors, folder))
+        together_for_long(lambda still: _write(settings, store, vectors, folder, still))
     return open_everywhere(folder, lambda found: ClusterStore(found, store.sizes))
 
 
@@ -122,7 +123,9 @@ def _key(settings: Clusters, store: PairStore, surrogate: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _write(settings: Clusters, store: PairStore, vectors: SurrogateVectors, folder: Path) -> None:
+def _write(
+    settings: Clusters, store: PairStore, vectors: SurrogateVectors, folder: Path, still: Callable[[], None]
+) -> None:
     clusters, means, near = [], [], []
     first = 0
     for number, rows in enumerate(store.sizes):
@@ -130,7 +133,7 @@ def _write(settings: Clusters, store: PairStore, vectors: SurrogateVectors, fold
         def read(some: np.ndarray, first: int = first) -> tuple[np.ndarray, np.ndarray]:
             return vectors.of_rows(store, first + some)
 
-        found = _of_source(settings, number, rows, read, vectors.query.shape[1])
+        found = _of_source(settings, number, rows, read, vectors.query.shape[1], still)
         for all_sources, own in zip((clusters, means, near), found, strict=True):
             all_sources.append(own)
         first += rows
@@ -139,13 +142,13 @@ def _write(settings: Clusters, store: PairStore, vectors: SurrogateVectors, fold
 
 
 def _of_source(
-    settings: Clusters, number: int, rows: int, read: Read, dim: int
+    settings: Clusters, number: int, rows: int, read: Read, dim: int, still: Callable[[], None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cluster of each row of a source, mean documents and neighbours of the clusters; empty clusters are left out."""
     began, name = time.monotonic(), f"clusters of data.sources.{number}"
     print(f"{name}: {_told(settings, rows, dim)}, {place_of_kmeans()}", flush=True)
     count = -(-rows // settings.size)
-    with telling() as say:
+    with telling(still) as say:
 
         def heard(text: str) -> None:
             say(f"{name}: {text}")

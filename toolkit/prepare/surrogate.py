@@ -27,7 +27,7 @@ from toolkit.models.retriever import Retriever
 from toolkit.prepare.negatives import about_bm25
 from toolkit.prepare.pairs import limited_pairs
 from toolkit.ranks.telling import telling
-from toolkit.ranks.together import on_every_rank, open_everywhere, together
+from toolkit.ranks.together import on_every_rank, open_everywhere, together, together_for_long
 from toolkit.recipe.errors import RecipeError, one_line
 from toolkit.recipe.evaluation import EvalSettings
 from toolkit.recipe.pairs import PairsData
@@ -35,7 +35,7 @@ from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, Retriever
 from toolkit.retrieval.bm25 import say_language
 from toolkit.retrieval.embed import checkpoint_digest, encode
 from toolkit.retrieval.reduce import FIT_ROWS, check_dim, sparse_svd_basis, svd_basis, unit
-from toolkit.retrieval.retrievers import load_any
+from toolkit.retrieval.retrievers import load_any, names_no_retriever
 from toolkit.retrieval.settings import with_settings
 from toolkit.retrieval.vectors import Store, is_finished, open_shard, save_shard
 from toolkit.retrieval.word_vectors import weighted, word_weights
@@ -48,6 +48,7 @@ _LOOKED_AT = 10_000  # texts of each side by which BM25 finds the language
 
 Texts = Callable[[Side], Iterator[str]]  # the store's texts by their numbers, read anew
 Say = Callable[[str], None]
+Still = Callable[[], None]  # rank 0 tells the others that it still works
 Made = TypeVar("Made")
 
 
@@ -56,6 +57,13 @@ class Known(NamedTuple):
 
     key: str  # 16 hex digits of all that decides its vectors
     retriever: Retriever | None  # None: BM25
+
+
+def missing_folder(surrogate: Surrogate) -> str | None:
+    """What is wrong with a surrogate that a recipe names by a folder which is not there; no access to the hub."""
+    if isinstance(surrogate, RetrieverSurrogate) and names_no_retriever(surrogate.from_):
+        return f"{one_line(surrogate.from_)}: no such folder; name the folder of a retriever, or its id on the hub"
+    return None
 
 
 def know_surrogate(
@@ -137,11 +145,11 @@ def surrogate_vectors(
         counts = {"query": len(store.query), "document": len(store.document)}
         if known.retriever is None:
             assert isinstance(surrogate, Bm25Surrogate)
-            together(lambda: _by_words(surrogate, texts, counts, folder, at))
+            together_for_long(lambda still: _by_words(surrogate, texts, counts, folder, at, still))
         else:
             retriever = known.retriever
             _embed(retriever, texts, counts, surrogate.svd, work, at)
-            together(lambda: _gather(surrogate.svd, counts, work, folder, at))
+            together_for_long(lambda still: _gather(surrogate.svd, counts, work, folder, at, still))
             on_rank_zero(lambda: shutil.rmtree(work))
 
     def read(found: Path) -> SurrogateVectors:
@@ -209,7 +217,7 @@ def _keep(vectors: np.ndarray, path: Path, side: Side, at: str) -> None:
     save_shard(path, kept)
 
 
-def _gather(svd: int | None, counts: dict[str, int], work: Path, folder: Path, at: str) -> None:
+def _gather(svd: int | None, counts: dict[str, int], work: Path, folder: Path, at: str, still: Still) -> None:
     """The blocks as one array a side, reduced if the recipe says so."""
 
     def blocks(side: Side) -> Iterator[np.ndarray]:
@@ -220,7 +228,7 @@ def _gather(svd: int | None, counts: dict[str, int], work: Path, folder: Path, a
             if number * BLOCK < FIT_ROWS:
                 yield block[: FIT_ROWS - number * BLOCK]
 
-    with telling() as say:
+    with telling(still) as say:
         say("surrogate: SVD is fitted")
         basis = None if svd is None else _told(f"{at}.svd", lambda: svd_basis(fitted(), svd))
 
@@ -259,15 +267,24 @@ def _write(folder: Path, made: Callable[[Side], Iterator[np.ndarray]], counts: d
 # --------------------------------------------------------------------------- BM25's
 
 
-def _by_words(surrogate: Bm25Surrogate, texts: Texts, counts: dict[str, int], folder: Path, at: str) -> None:
+def _by_words(
+    surrogate: Bm25Surrogate, texts: Texts, counts: dict[str, int], folder: Path, at: str, still: Still
+) -> None:
     looked = [list(islice(texts(side), _LOOKED_AT)) for side in ("document", "query")]
     reading = reading_of(surrogate.text, surrogate.language, *looked)
     if surrogate.language is None:
         say_language("the pairs", reading, f"{at}.language")
-    with telling() as say:
+    with telling(still) as say:
         fitted = list(islice(texts("query"), FIT_ROWS))
-        say("surrogate: words are counted")
-        weights = _told(at, lambda: word_weights(fitted, _in_blocks(texts("document")), reading))
+
+        def documents() -> Iterator[list[str]]:
+            first = 0
+            for block in _in_blocks(texts("document")):
+                say(f"surrogate: words of {first:,} of {counts['document']:,} document texts are counted")
+                yield block
+                first += len(block)
+
+        weights = _told(at, lambda: word_weights(fitted, documents(), reading))
         say("surrogate: SVD is fitted")
         basis = _told(f"{at}.svd", lambda: sparse_svd_basis(weighted(fitted, weights), surrogate.svd))
         without = Counter[str]()

@@ -11,16 +11,18 @@ SECONDS = 20.0  # between two lines
 
 
 @contextmanager
-def telling(seconds: float = SECONDS) -> Iterator[Callable[[str], None]]:
+def telling(also: Callable[[], None] = lambda: None, seconds: float = SECONDS) -> Iterator[Callable[[str], None]]:
     """Says, every so many seconds on rank 0, what the work in the block is at; the block gives it by calling the value.
 
-    The line comes from a thread: also while the work is in one long operation that lets other threads run.
+    The line comes from a thread: also while the work is in one long operation that lets other threads run. `also` is
+    called whenever the work says what it is at.
     """
     begun, text, done = time.monotonic(), "", threading.Event()
 
     def set_text(new: str) -> None:
         nonlocal text
         text = new
+        also()
 
     def tell() -> None:
         while not done.wait(seconds):

@@ -127,6 +127,16 @@ def _is_bare_adapter(folder: Path) -> bool:
     return not own and holds_bare_adapter(folder)
 
 
+def names_no_retriever(what: str) -> bool:
+    """Whether it is no folder here and can be no hub id."""
+    return _is_path(what) and not expanded(what).is_dir()
+
+
+def _is_path(what: str) -> bool:
+    """Whether it can be no hub id."""
+    return expanded(what).is_absolute() or what.startswith((".", "~")) or what.count("/") > 1
+
+
 def _find(what: str) -> Path:
     """A folder as it is; anything else that can be a hub id is fetched: rank 0 first, then the others.
 
@@ -136,7 +146,7 @@ def _find(what: str) -> Path:
     if together(folder.is_dir):
         on_every_rank(lambda: _check_there(folder))
         return folder
-    if folder.is_absolute() or what.startswith((".", "~")) or what.count("/") > 1:
+    if _is_path(what):
         raise RecipeError(f"{what}: no such folder; name the folder of a retriever, its id on the hub, or bm25")
     path = Path(together(lambda: _snapshot(what)))
     return Path(on_every_rank(lambda: path if rank() == 0 else _snapshot(what)))

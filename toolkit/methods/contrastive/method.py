@@ -7,7 +7,7 @@ from toolkit.methods.contrastive.keys import ContrastiveStage
 from toolkit.methods.contrastive.objective import Contrastive
 from toolkit.methods.costs import Costs, matrices, recomputations, rule_text
 from toolkit.methods.method import Method, Models
-from toolkit.methods.pairs import look, open_pairs, pair_epochs, pair_example, pair_row, warn
+from toolkit.methods.pairs import check_surrogate, look, open_pairs, pair_epochs, pair_example, pair_row, warn
 from toolkit.methods.shared import build_encoder
 from toolkit.recipe.errors import RecipeError
 
@@ -24,7 +24,8 @@ def _costs(stage: ContrastiveStage, objective: Contrastive) -> Costs:
 
 
 def _fit(stage: ContrastiveStage, configs: dict[str, PretrainedConfig]) -> None:
-    """The export holds vectors of all dimensions, so these are trained too."""
+    """The export holds vectors of all dimensions, so these are trained too; a surrogate is there."""
+    check_surrogate(stage)
     if stage.objective.matryoshka is None:
         return
     largest, width = max(stage.objective.matryoshka), configs["retriever"].hidden_size
