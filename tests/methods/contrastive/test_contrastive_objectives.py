@@ -172,9 +172,7 @@ def test_a_surrogate_that_is_not_there_is_said_ahead(folder: Path, tmp_path: Pat
         stage = stage_of("contrastive", lora=None, objective__false_negatives=rule)
         parameter_counts(stage, {"retriever": read_config(folder)})
 
-    with pytest.raises(
-        RecipeError, match=r"false_negatives\.surrogate\.from: .*/none: no such folder; name"
-    ):
+    with pytest.raises(RecipeError, match=r"false_negatives\.surrogate\.from: .*/none: no such folder; name"):
         ahead(tmp_path / "none")
     ahead(tmp_path)
 
