@@ -165,6 +165,18 @@ def test_more_dimensions_than_the_model_has_are_refused(folder: Path) -> None:
         parameter_counts(stage, {"retriever": read_config(folder)})
 
 
+def test_a_surrogate_that_is_not_there_is_said_ahead(folder: Path, tmp_path: Path) -> None:
+    def ahead(place: Path) -> None:
+        surrogate = {"by": "retriever", "from": str(place)}
+        rule = {"surrogate": surrogate, "rule": "absolute", "cut": 0.5}
+        stage = stage_of("contrastive", lora=None, objective__false_negatives=rule)
+        parameter_counts(stage, {"retriever": read_config(folder)})
+
+    with pytest.raises(RecipeError, match=r"false_negatives\.surrogate\.from: .*/none: no such folder; name"):
+        ahead(tmp_path / "none")
+    ahead(tmp_path)
+
+
 def test_accuracy_and_padding_are_logged(folder: Path) -> None:
     objective = build(folder, "contrastive", batch__forward_tokens=30).eval()
     batch: PairBatch = random_pairs(1, 8, 1, 1)[0]
