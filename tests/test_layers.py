@@ -39,7 +39,7 @@ OURS: dict[str, set[str]] = {
     "toolkit.ranks": GROUND | {"toolkit.recipe.errors", "toolkit.slicing"},
     "toolkit.models": {
         *("toolkit.data.tokens", "toolkit.losses", "toolkit.ranks.last_words"),
-        *("toolkit.recipe.errors", "toolkit.recipe.models"),
+        *("toolkit.recipe.errors", "toolkit.recipe.models", "toolkit.recipe.context"),
     },
     "toolkit.export": MODELS,
     "toolkit.retrieval": MODELS | {"toolkit.export"},
