@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from toolkit.collectives import gather, gather_with_grad, max_over_ranks, pool_mean, sum_over_ranks, world_size
 from toolkit.data.pairs import PairBatch
 from toolkit.losses.contrastive import InfoNCE, info_nce
+from toolkit.losses.masks import Surrogate, relative_limit
 from toolkit.methods.objective import Loss, Objective
+from toolkit.methods.pair_keys import FalseNegatives, PairLossSettings, RelativeRule
 from toolkit.models.encoder import Encoder
 from toolkit.recipe.training import Batch
 from toolkit.slicing import Slices, padding
@@ -29,13 +31,14 @@ class Pool(NamedTuple):
     query_keys: Tensor  # int64 [rows, a], of own queries, and of their positives that others hold too
     all_query_keys: Tensor  # int64 [Q, b]
     document_keys: Tensor  # int64 [D, 2], of a document and of the query it is a positive of
+    document_owner: Tensor  # int64 [D], key of the query of its row; [0] where no setting asks for it
+    surrogate: Surrogate | None  # of own rows and the pool's documents
 
 
 class PairObjective(Objective):
     """Mean loss over the pool's rows, weighted by the rows' weights; own rows against gathered columns."""
 
-    def __init__(self, encoder: Encoder, settings: Any, batch: Batch) -> None:
-        """settings: the objective section of a method on pairs."""
+    def __init__(self, encoder: Encoder, settings: PairLossSettings, batch: Batch) -> None:
         super().__init__()
         self.encoder = encoder
         self.settings = settings
@@ -56,6 +59,7 @@ class PairObjective(Objective):
             "accuracy": (losses[max(sizes)].correct.float().sum(), rows),
             "temperature": (1 / torch.as_tensor(scale, device=query.device).detach(), torch.ones_like(rows)),
             "padding": padding(slices, query.device),
+            **_masked(losses[max(sizes)], rows),
         }
         return Loss(pool_mean((weight * loss).sum(), weight.sum(), self.batch.span), parts)
 
@@ -74,13 +78,38 @@ class PairObjective(Objective):
         known = torch.where(batch.known_key < 0, batch.query_key[:, None], batch.known_key)
         query_keys = torch.cat([batch.query_key[:, None], known], 1)
         documents = self.of_pool(document)
+        owners = self.owners(batch)
+        filtered = owners, self.surrogate(batch, owners)
         if {"document_to_query", "query_to_query"} & set(self.settings.directions):
             all_query_keys = self.keys_of_pool(query_keys)
             held = _held_by_two(all_query_keys, document_keys)
             keys = _only(query_keys, held), _only(all_query_keys, held), document_keys
-            return Pool(self.of_pool(query), documents, *keys)
+            return Pool(self.of_pool(query), documents, *keys, *filtered)
         query_keys = _only(query_keys, _held_by_two(query_keys, document_keys))
-        return Pool(query[:0], documents, query_keys, query_keys[:0], document_keys)
+        return Pool(query[:0], documents, query_keys, query_keys[:0], document_keys, *filtered)
+
+    def owners(self, batch: PairBatch) -> Tensor:
+        """Of every document of the pool the key of its row's query, positive or not: int64 [D]; [0] if nobody asks."""
+        if self.settings.in_batch_negatives and self.settings.false_negatives is None:
+            return batch.query_key[:0]
+        slots = batch.positive_key.shape[1] + batch.negative_key.shape[1]
+        return self.keys_of_pool(batch.query_key[:, None]).expand(-1, slots).flatten()
+
+    def surrogate(self, batch: PairBatch, owners: Tensor) -> Surrogate | None:
+        """What the surrogate says of own queries and the pool's documents; its vectors are gathered without gradient.
+
+        Raises:
+            ValueError: if the settings ask for it and the batch has none.
+        """
+        rule = self.settings.false_negatives
+        if rule is None:
+            return None
+        if batch.surrogate_query is None or batch.surrogate_document is None:
+            raise ValueError("false_negatives need the surrogate's vectors in the batch; collate with the surrogate's")
+        document = _unit(batch.surrogate_document)
+        columns = gather(document) if self.batch.span == "world" else document
+        row = _unit(batch.surrogate_query)
+        return Surrogate(row, columns, _limit(rule, row, document, batch), batch.query_key, owners)
 
     def info_nce(
         self, size: int, query: Tensor, document: Tensor, pool: Pool, batch: PairBatch, scale: Tensor | float
@@ -91,6 +120,7 @@ class PairObjective(Objective):
             sides = [side[..., :size] for side in sides]
             sides = [F.normalize(side, dim=-1) for side in sides] if self.encoder.normalize else sides
         query, document, queries, documents = sides
+        own_query, joint = batch.query_key, settings.equal_queries == "joint"
         return info_nce(
             query,
             document[:, : batch.positive_key.shape[1]],
@@ -103,6 +133,9 @@ class PairObjective(Objective):
             pool.document_keys,
             scale,
             absent=pool.document_keys[:, 0] < 0,
+            only=None if settings.in_batch_negatives else (own_query, pool.document_owner),
+            joint_positives=(own_query, pool.document_keys[:, 1]) if joint else None,
+            surrogate=pool.surrogate,
             directions=tuple(settings.directions),
             partition=settings.partition,
             margin=settings.false_negative_margin,
@@ -118,6 +151,29 @@ class PairObjective(Objective):
             return keys
         missing = max_over_ranks(keys.shape[1], keys.device) - keys.shape[1]
         return gather(torch.cat([keys, keys[:, -1:].expand(-1, missing)], 1))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Of unit length in fp32 (fp64 for fp64); they come rounded to the number format of the disk."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+
+
+def _limit(rule: FalseNegatives, row: Tensor, document: Tensor, batch: PairBatch) -> Tensor:
+    """Of each row the cosine from which on a document is no negative: [rows]."""
+    if not isinstance(rule, RelativeRule):
+        return row.new_full((len(row),), rule.cut)
+    positives = batch.positive_key.shape[1]
+    positive = document.view(len(row), -1, document.shape[-1])[:, :positives]
+    return relative_limit(row, positive, batch.positive_key >= 0, rule.eps)
+
+
+def _masked(found: InfoNCE, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """For the log: the share of negatives that the surrogate masked, and of rows that it left none."""
+    if found.num_masked is None or found.num_negatives is None:
+        return {}
+    masked, left = found.num_masked, found.num_negatives
+    none_left = ((left == 0) & (masked > 0)).to(rows.dtype).sum()
+    return {"masked": (masked.sum(), (masked + left).sum().clamp(min=1)), "rows_all_masked": (none_left, rows)}
 
 
 class Scale(torch.autograd.Function):
