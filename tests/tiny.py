@@ -133,7 +133,9 @@ def rows_of(batch: Any, first: int, last: int) -> Any:
     if isinstance(batch, Tokens):
         length = int(batch.attention_mask[first:last].sum(1).max())
         return Tokens(*(t[first:last, :length] for t in batch))
-    return type(batch)(*(rows_of(x, first, last) if isinstance(x, tuple) else x[first:last] for x in batch))
+    if batch is None or isinstance(batch, torch.Tensor):
+        return None if batch is None else batch[first:last]
+    return type(batch)(*(rows_of(x, first, last) for x in batch))
 
 
 METHODS: dict[str, dict[str, Any]] = {
