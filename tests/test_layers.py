@@ -84,7 +84,7 @@ INSIDE = {
     "toolkit.ranks.last_words": {"_tell_alone", "is_told_by_another", "_client"},
     "toolkit.export.check": {"_answer"},
     "toolkit.retrieval.retrievers": {"_sentence_transformer"},
-    "toolkit.retrieval.search": {"_faiss"},
+    "toolkit.retrieval.search": {"faiss_module"},
     "toolkit.data.hub": {"hub_dataset", "first_of_hub"},
     "toolkit.data.source_files": {"_hub_splits"},
     "eval.folders": {"_load_hub_layout"},

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from toolkit.export.card import model_card
 from toolkit.export.sentence_layout import retriever_tokenizer, without_limits, write_layout
 from toolkit.files import replace_text, replacing_folder
-from toolkit.models.backbone import DTYPES, headless, load_adapted, load_encoder_backbone
+from toolkit.models.backbone import DTYPES, headless, headless_class, load_adapted, load_encoder_backbone
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import ADAPTER_WEIGHTS
 from toolkit.models.places import ModelSource, base_of_adapter
@@ -74,7 +74,7 @@ def write_export(
 
     def describe(part: Path, place: Path, adapter: bool) -> None:
         write_layout(part, settings, retriever_side, plain.config.hidden_size, options)
-        text = model_card(place, card, settings, options, base_name, adapter)
+        text = model_card(place, card, settings, options, base_name, adapter, headless_class(plain.config).__name__)
         (part / "README.md").write_text(text, encoding="utf-8")
         record = {"settings": settings.model_dump(), "dtype": dtype_name(dtype), "base": base_name}
         write_record(part, record | {"weights_sha256": _digest(part)})

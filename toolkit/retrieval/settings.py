@@ -63,12 +63,12 @@ def with_settings(retriever: Retriever, changes: EvalSettings) -> Retriever:
     settings = changed(retriever.settings, changes)
     if settings == retriever.settings:
         return retriever
-    backbone = retriever.encoder.backbone
+    backbone, dense = retriever.encoder.backbone, retriever.encoder.dense
     try:
         check_length(backbone.config, settings.eval_max_tokens, "it")  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise RecipeError(f"eval.max_tokens: {error}") from None
-    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim).eval()
+    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim, dense).eval()
     return Retriever(encoder, retriever.tokenizer, settings)
 
 
