@@ -17,12 +17,13 @@ PACKAGES = ("toolkit", "eval", "launcher")
 GROUND = {"toolkit.files", "toolkit.collectives", "toolkit.determinism"}
 # What a recipe says: its sections, a method's keys, and the table that tells where those are. Torch is not imported.
 SAID = {"toolkit.recipe", "toolkit.methods", "toolkit.methods.keys"}
+SAID_OF_METHODS = {"toolkit.recipe", "toolkit.methods.keys", "toolkit.methods.pair_keys"}
 TEXTS = GROUND | {"toolkit.recipe", "toolkit.data"}
 MODELS = TEXTS | {"toolkit.slicing", "toolkit.ranks", "toolkit.models"}
 SEARCH = MODELS | {"toolkit.losses", "toolkit.export", "toolkit.retrieval"}
-ONE_METHOD = SEARCH | {"toolkit.prepare"} | {
-    f"toolkit.methods.{name}" for name in ("keys", "method", "shared", "costs", "passages", "preview", "objective")
-}  # fmt: skip
+METHOD_PARTS = ["keys", "method", "shared", "costs", "pairs", "pair_keys", "pair_loss", "passages", "preview"]
+METHOD_PARTS += ["objective"]
+ONE_METHOD = SEARCH | {"toolkit.prepare"} | {f"toolkit.methods.{name}" for name in METHOD_PARTS}
 EVERYTHING = ONE_METHOD | SAID | {"toolkit.checkpoint", "toolkit.training"}
 
 # What of ours each module may import besides its own room; the longest matching name counts.
@@ -40,7 +41,7 @@ OURS: dict[str, set[str]] = {
     "toolkit.ranks": GROUND | {"toolkit.recipe.errors", "toolkit.slicing"},
     "toolkit.models": {
         *("toolkit.data.tokens", "toolkit.losses", "toolkit.ranks.last_words"),
-        *("toolkit.recipe.errors", "toolkit.recipe.models"),
+        *("toolkit.recipe.errors", "toolkit.recipe.models", "toolkit.recipe.context"),
     },
     "toolkit.export": MODELS,
     "toolkit.retrieval": MODELS | {"toolkit.export"},
@@ -49,7 +50,8 @@ OURS: dict[str, set[str]] = {
     "toolkit.methods": {"toolkit.methods.keys", "toolkit.methods.method"},  # the types of what it loads late
     **dict.fromkeys((name for name in ONE_METHOD if name.startswith("toolkit.methods.")), ONE_METHOD),
     **dict.fromkeys(TABLE.values(), ONE_METHOD),
-    **{f"{folder}.keys": {"toolkit.recipe", "toolkit.methods.keys"} for folder in TABLE.values()},
+    "toolkit.methods.pair_keys": {"toolkit.recipe"},
+    **{f"{folder}.keys": SAID_OF_METHODS for folder in TABLE.values()},
     "toolkit.checkpoint": SEARCH | {"toolkit.prepare"},
     "toolkit.training": EVERYTHING,
     "toolkit.mine": SEARCH | {"toolkit.prepare"},
@@ -62,7 +64,8 @@ OURS: dict[str, set[str]] = {
 # What of others the modules that must stay light may import besides the standard library.
 OTHERS = {
     "toolkit.recipe": {"pydantic", "pydantic_core", "typing_extensions"},
-    **{key: {"pydantic"} for key in ("toolkit.methods.keys", *(f"{folder}.keys" for folder in TABLE.values()))},
+    **{key: {"pydantic"} for key in ("toolkit.methods.keys", "toolkit.methods.pair_keys")},
+    **{f"{folder}.keys": {"pydantic"} for folder in TABLE.values()},
     "toolkit.collectives": {"torch"},
     "toolkit.determinism": {"torch", "numpy"},
     "toolkit.slicing": {"torch"},
@@ -188,7 +191,7 @@ def graph(sources: dict[str, str]) -> dict[str, set[str]]:
 
 def room_of(module: str) -> str:
     """A package, or a module that stands alone; what a recipe says is one room, wherever its sections stand."""
-    if within(module, {"toolkit.recipe"}) or module == "toolkit.methods" or module.endswith(".keys"):
+    if within(module, {"toolkit.recipe"}) or module == "toolkit.methods" or module.endswith((".keys", ".pair_keys")):
         return "what a recipe says"
     parts = module.split(".")
     if parts[0] != "toolkit":

@@ -35,7 +35,8 @@ def fields(path: Path) -> set[str]:
 
 
 SHARED_KEYS = set().union(*(fields(path) for path in (ROOT / "toolkit" / "recipe").glob("*.py")))
-KEYS = set().union(*(fields(folder_of(name) / "keys.py") for name in TABLE)) - SHARED_KEYS
+KEY_FILES = [*(folder_of(name) / "keys.py" for name in TABLE), ROOT / "toolkit" / "methods" / "pair_keys.py"]
+KEYS = set().union(*map(fields, KEY_FILES)) - SHARED_KEYS
 OBJECTIVES = set().union(*(classes(folder_of(name), "Objective") for name in TABLE))
 NAMED = re.compile("|".join([*TABLE, *(rf"\b{name}\b" for name in sorted(OBJECTIVES))]), re.IGNORECASE)
 OF_SECTIONS = re.compile(rf"\b(?:objective|data)\.(?:{'|'.join(sorted(KEYS))})\b")

@@ -41,7 +41,7 @@ ELSE = "remove it, or change objective.name"
 OF_PASSAGES = f"unknown key; language_model and revela have it: {ELSE}"
 OF_REVELA = f"unknown key; revela has it: {ELSE}"
 OF_CONTRASTIVE = f"unknown key; contrastive has it: {ELSE}"
-OF_A_PAIR = "known: faulty_rows, mine, mix, negatives, positives, sources"
+OF_A_PAIR = "known: clusters, faulty_rows, mine, mix, negatives, packing, positives, sources"
 OF_A_TEXT = "known: faulty_rows, interleave, neighbours, passages, sources"
 CROSS = {
     "stop without scores": (

@@ -26,7 +26,7 @@ from revela_matrix import (
 )
 from tiny import models_at, random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
 
-import toolkit.methods.contrastive.objective
+import toolkit.methods.pair_loss
 import toolkit.methods.recontriever.objective
 import toolkit.training.engine as engines
 from toolkit.collectives import rank, sum_over_ranks, world_size
@@ -40,7 +40,7 @@ from toolkit.ranks.process_group import start_distributed
 
 POOL, SEED = 8, 3
 CPU = torch.device("cpu")
-MODULES = (toolkit.methods.contrastive.objective, toolkit.methods.recontriever.objective)
+MODULES = (toolkit.methods.pair_loss, toolkit.methods.recontriever.objective)
 # Mistakes that must be seen: name -> (where, which function, what stands in for it)
 CONTROLS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
     "own_slice_backward": (MODULES, "gather_with_grad", OwnSlice.apply),

@@ -21,7 +21,7 @@ from toolkit.collectives import (
     sum_over_ranks,
     world_size,
 )
-from toolkit.methods.contrastive.objective import Scale
+from toolkit.methods.pair_loss import Scale
 from toolkit.ranks.last_words import end
 from toolkit.ranks.process_group import start_distributed
 from toolkit.ranks.together import on_every_rank

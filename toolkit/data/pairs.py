@@ -245,6 +245,8 @@ class PairBatch(NamedTuple):
     negative_key: Tensor  # int64 [rows, negatives]; -1 where absent
     known_key: Tensor  # int64 [rows, K]: positives of the query in any row that a pool may hold as others; then -1
     weight: Tensor  # float32 [rows]
+    surrogate_query: Tensor | None = None  # [rows, s], another model's vectors, where the objective asks for them
+    surrogate_document: Tensor | None = None  # [rows * (positives + negatives), s]; any where absent
 
 
 def collate_pairs(
@@ -257,6 +259,7 @@ def collate_pairs(
     negatives: int,
     seed: int,
     pad_id: int,
+    surrogate: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> PairBatch:
     """Rows of a pool, all or a rank's part. Of more texts than slots a subset is drawn by (seed, pool, place).
 
@@ -266,6 +269,8 @@ def collate_pairs(
         places: place of each row in the pool, so that the draw does not depend on the number of ranks.
         positives: slots for positives of each row; at least 1.
         negatives: slots for hard negatives.
+        surrogate: memory-mapped vectors of the store's query texts and of its document texts, of which the batch gets
+            its own: [queries, s] and [documents, s].
     """
     query = store.query_of_row[rows]
     number = np.full((len(rows), positives + negatives), -1, dtype=np.int64)
@@ -278,6 +283,8 @@ def collate_pairs(
     known = [store.document_key[store.known[number]] for number in query.tolist()]
     known_key = np.full((len(rows), max(map(len, known))), -1, dtype=np.int64)
     known_key[np.arange(known_key.shape[1]) < [[len(of_row)] for of_row in known]] = np.concatenate(known)
+    vectors = (query, np.maximum(number.reshape(-1), 0))
+    own = [] if surrogate is None else [torch.from_numpy(side[n]) for side, n in zip(surrogate, vectors, strict=True)]
     end = store.query.ids[store.query.offsets[query + 1] - 1]  # a token that the model knows
     return PairBatch(
         query=padded(store.query, query, pad_id),
@@ -287,6 +294,8 @@ def collate_pairs(
         negative_key=torch.from_numpy(key[:, positives:].copy()),
         known_key=torch.from_numpy(known_key),
         weight=torch.from_numpy(store.weight[rows]),
+        surrogate_query=own[0] if own else None,
+        surrogate_document=own[1] if own else None,
     )
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from toolkit.losses.masks import LEFT_OUT, Masks, Surrogate, leave_out, leave_out_similar, similar_buffer
+
 TILE = (2048, 2048)
-LEFT_OUT = float("-inf")  # the score of a masked column
 
 Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 
@@ -22,21 +23,20 @@ class Negatives(NamedTuple):
     lse: Tensor  # logsumexp of the scaled scores; -inf if no column is left
     largest: Tensor  # largest raw (unscaled) score, no gradient; -inf if no column is left
     mean: Tensor | None  # mean of the scaled scores, 0 if no column is left; only with `with_mean`
-    num_negatives: Tensor | None  # how many columns are left, no gradient; only with `with_mean`
+    num_negatives: Tensor | None  # columns that are left, no gradient; only with `with_mean` or a surrogate
+    num_masked: Tensor | None = None  # columns that the surrogate alone leaves out, no gradient; only with a surrogate
 
 
 class InfoNCE(NamedTuple):
-    """Loss of every row, and whether its best positive beats its largest negative document; each [rows]."""
+    """Loss of every row, and whether its best positive beats its largest negative document; each [rows].
+
+    With a surrogate also the row's negative documents, and how many more there were before it masked them.
+    """
 
     loss: Tensor
     correct: Tensor
-
-
-class _Masks(NamedTuple):
-    row_keys: Tensor | None
-    column_keys: Tensor | None
-    limit: Tensor | None
-    absent: Tensor | None
+    num_negatives: Tensor | None = None
+    num_masked: Tensor | None = None
 
 
 def negatives(
@@ -48,6 +48,8 @@ def negatives(
     column_keys: Tensor | None = None,
     limit: Tensor | None = None,
     absent: Tensor | None = None,
+    only: tuple[Tensor, Tensor] | None = None,
+    surrogate: Surrogate | None = None,
     with_mean: bool = False,
     tile: tuple[int, int] = TILE,
 ) -> Negatives:
@@ -65,6 +67,8 @@ def negatives(
         column_keys: int64 [C, b]; given with row_keys.
         limit: [R]; a column is left out of a row if its raw score is above the row's limit. No gradient.
         absent: bool [C]; columns that are left out of every row.
+        only: int64 [R] and [C]; a column is left out of a row unless their numbers are the same.
+        surrogate: leaves out columns that another model finds as near to the row as its own.
         with_mean: also the scaled scores' mean and count.
         tile: rows and columns of a tile.
 
@@ -75,7 +79,7 @@ def negatives(
         raise ValueError("negatives needs both row_keys and column_keys, or neither")
     if not isinstance(scale, Tensor):
         scale = torch.tensor(scale, dtype=torch.float64)
-    masks = _Masks(row_keys, column_keys, limit, absent)
+    masks = Masks(row_keys, column_keys, limit, absent, *(only or (None, None)), *(surrogate or ()))
     return Negatives(*_Negatives.apply(rows, columns, scale, with_mean, tile, *masks))  # pyright: ignore
 
 
@@ -90,18 +94,21 @@ class _Negatives(torch.autograd.Function):
         tile: tuple[int, int],
         *masks: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        dtype = _score_dtype(rows, columns)
+        dtype, of_tile = _score_dtype(rows, columns), Masks(*masks)
         largest = rows.new_full((len(rows),), LEFT_OUT, dtype=dtype)
-        total, mean, count = (torch.zeros_like(largest) for _ in range(3))
-        buffer = _buffer(rows, columns, tile, dtype)
+        total, mean, count, masked = (torch.zeros_like(largest) for _ in range(4))
+        buffer, similar = _buffer(rows, columns, tile, dtype), similar_buffer(of_tile, tile)
         for r in _slices(len(rows), tile[0]):
             part = rows[r].to(dtype)
             for c in _slices(len(columns), tile[1]):
                 scores = _scores(buffer, part, columns[c].to(dtype))
-                _leave_out(scores, r, c, _Masks(*masks))
-                if with_mean:
+                leave_out(scores, r, c, of_tile)
+                if similar is not None:
+                    masked[r] += leave_out_similar(scores, r, c, of_tile, similar)
+                if with_mean or similar is not None:
                     left_out = scores == LEFT_OUT
-                    mean[r] += scores.masked_fill(left_out, 0).sum(1)
+                    if with_mean:
+                        mean[r] += scores.masked_fill(left_out, 0).sum(1)
                     count[r] += left_out.logical_not_().sum(1)
                 top = torch.maximum(largest[r], scores.amax(1))
                 anchor = _finite(top)
@@ -110,14 +117,17 @@ class _Negatives(torch.autograd.Function):
                 largest[r] = top
         ctx.save_for_backward(rows, columns, scale, largest, total, count, *masks)
         ctx.with_mean, ctx.tile = with_mean, tile
-        ctx.mark_non_differentiable(largest, count)
+        ctx.mark_non_differentiable(largest, count, masked)
         mean.mul_(scale).div_(count.clamp(min=1))
-        return largest * scale + total.log(), largest, *((mean, count) if with_mean else (None, None))
+        by_surrogate = similar is not None
+        counts = count if with_mean or by_surrogate else None, masked if by_surrogate else None
+        return largest * scale + total.log(), largest, mean if with_mean else None, *counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         rows, columns, scale, largest, total, count, *masks = ctx.saved_tensors
+        of_tile = Masks(*masks)
         need_rows, need_columns, need_scale = ctx.needs_input_grad[:3]
         dtype, anchor = largest.dtype, _finite(largest)
         weight = torch.where(total > 0, grads[0] * scale / total, 0)  # no column is left: no gradient, whatever came
@@ -125,14 +135,16 @@ class _Negatives(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if need_rows else None
         grad_columns = torch.zeros_like(columns, dtype=dtype) if need_columns else None
         grad_scale = torch.zeros_like(scale, dtype=dtype, device=rows.device) if need_scale else None
-        buffer = _buffer(rows, columns, ctx.tile, dtype)
+        buffer, similar = _buffer(rows, columns, ctx.tile, dtype), similar_buffer(of_tile, ctx.tile)
         for r in _slices(len(rows), ctx.tile[0]):
             part = rows[r].to(dtype)
             grad_part = torch.zeros_like(part)
             for c in _slices(len(columns), ctx.tile[1]):
                 others = columns[c].to(dtype)
                 scores = _scores(buffer, part, others)
-                _leave_out(scores, r, c, _Masks(*masks))
+                leave_out(scores, r, c, of_tile)
+                if similar is not None:
+                    leave_out_similar(scores, r, c, of_tile, similar)
                 left_out = scores == LEFT_OUT if share is not None else None
                 scores.sub_(anchor[r, None]).mul_(scale).exp_().mul_(weight[r, None])
                 if share is not None and left_out is not None:
@@ -176,29 +188,6 @@ def _scores(buffer: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _finite(largest: Tensor) -> Tensor:
     return largest.masked_fill(largest == LEFT_OUT, 0)
-
-
-def _leave_out(scores: Tensor, r: slice, c: slice, masks: _Masks) -> None:
-    """Set a tile's masked scores to -inf, in place."""
-    if masks.limit is not None:
-        scores.masked_fill_(scores > masks.limit[r, None], LEFT_OUT)
-    if masks.absent is not None:
-        scores.masked_fill_(masks.absent[c], LEFT_OUT)
-    if masks.row_keys is None or masks.column_keys is None:
-        return
-    row_keys, column_keys = masks.row_keys[r], masks.column_keys[c]
-    # Keys coincide in few rows and columns of most tiles: find these first, and compare only them pair by pair.
-    i = torch.isin(row_keys, column_keys).any(1).nonzero()[:, 0]
-    if len(i) == 0:
-        return
-    j = torch.isin(column_keys, row_keys).any(1).nonzero()[:, 0]
-    same = torch.zeros(len(i), len(j), dtype=torch.bool, device=scores.device)
-    for a in row_keys[i].unbind(1):
-        for b in column_keys[j].unbind(1):
-            same |= a[:, None] == b
-    left_out = torch.zeros_like(scores, dtype=torch.bool)
-    left_out[i[:, None], j] = same
-    scores.masked_fill_(left_out, LEFT_OUT)
 
 
 def cross_entropy(positive: Tensor, lse: Tensor) -> Tensor:
@@ -273,6 +262,9 @@ def info_nce(
     scale: Tensor | float,
     *,
     absent: Tensor | None = None,
+    only: tuple[Tensor, Tensor] | None = None,
+    joint_positives: tuple[Tensor, Tensor] | None = None,
+    surrogate: Surrogate | None = None,
     directions: tuple[Direction, ...] = ("query_to_document",),
     partition: Literal["separate", "joint"] = "separate",
     margin: float | None = None,
@@ -298,6 +290,10 @@ def info_nce(
         document_keys: int64 [D, b].
         scale: as in `negatives`.
         absent: bool [D], padding in documents_all: nobody's negatives.
+        only: int64 [R] and [D]: of the documents with a row's number alone one can be its negative.
+        joint_positives: int64 [R] and [D]: the positives of a row are the documents with its number, m in all, each a
+            soft target of 1 / m: the loss is their mean -log p, with all of them and the negatives in one sum.
+        surrogate: of the rows and documents_all: leaves out negatives.
         directions: from the row to its columns; query_to_document among them.
         partition: of several directions.
         margin: leave out columns with raw scores above that of the own positive (for rows of queries, the lowest) + it.
@@ -305,13 +301,16 @@ def info_nce(
         tile: as in `negatives`.
 
     Raises:
-        ValueError: if directions are unknown, repeated or without query_to_document, or partition is unknown.
+        ValueError: if directions are unknown, repeated or without query_to_document, if there are others with `only`,
+            `joint_positives` or `surrogate`, which are for that one, or if partition is unknown.
     """
     known = ("query_to_document", "document_to_query", "query_to_query", "document_to_document")
     if not set(directions) <= set(known) or len(set(directions)) < len(directions) or known[0] not in directions:
         raise ValueError(f"directions are {', '.join(known)}, each once and the first always; found {directions}")
     if partition not in ("separate", "joint"):
         raise ValueError(f"partition is separate or joint; found {partition}")
+    if len(directions) > 1 and not only is joint_positives is surrogate is None:
+        raise ValueError(f"only, joint_positives and surrogate are for {known[0]} alone; found {directions}")
     count = positive.shape[1]
     dtype = _score_dtype(query, positive)
     raw = (query[:, None].to(dtype) * positive.to(dtype)).sum(-1)
@@ -328,14 +327,27 @@ def info_nce(
         row, column = direction.split("_to_")
         rows, row_keys, limit = of_row[row]
         columns, column_keys, no_column = of_column[column]
-        keys = {"row_keys": row_keys, "column_keys": column_keys}
+        keys = {"row_keys": row_keys, "column_keys": column_keys, "only": only, "surrogate": surrogate}
         found[direction] = negatives(rows, columns, scale, **keys, limit=limit, absent=no_column, tile=tile)
+    documents = found["query_to_document"]
+    correct = best > documents.largest
+    if joint_positives is not None:
+        held = negatives(query, documents_all, scale, only=joint_positives, absent=absent, with_mean=True, tile=tile)
+        return InfoNCE(_soft(held, documents), correct, documents.num_negatives, documents.num_masked)
     lse = torch.stack([found[d].lse.view(len(query), -1).expand(-1, count) for d in directions])
     if partition == "joint":
         lse = lse.logsumexp(0, keepdim=True)
     losses = torch.stack([cross_entropy(raw * scale, one) for one in lse]).mean(0)
     loss = torch.where(present, losses, 0).sum(1) / present.sum(1).clamp(min=1)
-    return InfoNCE(loss, best > found["query_to_document"].largest)
+    return InfoNCE(loss, correct, documents.num_negatives, documents.num_masked)
+
+
+def _soft(held: Negatives, found: Negatives) -> Tensor:
+    """Cross entropy with even soft targets over the columns `held`, the rest being `found`; 0 for a row with none."""
+    assert held.mean is not None and held.num_negatives is not None
+    some = held.num_negatives > 0
+    lse = torch.where(some, held.lse, 0)
+    return torch.where(some, cross_entropy(lse, found.lse) + lse - held.mean, 0)
 
 
 def _limit(positive: Tensor, margin: float | None, threshold: float | None) -> Tensor | None:

@@ -38,7 +38,14 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 CAUSAL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # causal language models; without their head, retrievers
-ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert")  # bidirectional: retrievers only
+ENCODER_TYPES = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "distilbert",
+    "modernbert",
+    "nomic_bert",
+)  # bidirectional: retrievers only
 POOLING_LAYER = ("bert", "roberta", "xlm-roberta")  # come with a layer on the first token that no retriever reads
 
 

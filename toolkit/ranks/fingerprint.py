@@ -100,6 +100,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _shapes(batch: Any) -> Any:
     """Rows of every tensor; their lengths follow from a rank's own texts."""
+    if batch is None:
+        return None
     return len(batch) if isinstance(batch, Tensor) else [_shapes(part) for part in batch]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 _SOURCES = "data.sources: "
 
@@ -151,7 +152,7 @@ def _explain(root: type[BaseModel], error: Any, owners_of: Owners) -> tuple[str,
     parent, _, last = path.rpartition(".")
     match error["type"]:
         case "extra_forbidden":
-            known = sorted({name for section in sections for name in section.model_fields})
+            known = sorted({name for section in sections for name in _fields(section)})
             hint, meant = did_you_mean(last, known)
             elsewhere = [name for section in sections for name in owners_of(section, last)]
             if elsewhere:
@@ -160,7 +161,7 @@ def _explain(root: type[BaseModel], error: Any, owners_of: Owners) -> tuple[str,
                 return path, f"unknown key; {hint}", None
             return path, f"unknown key; {hint}", f"{parent}.{meant}".lstrip(".") if meant else None
         case "missing":
-            what = {section.model_fields[last].description for section in sections if last in section.model_fields}
+            what = {_fields(section)[last].description for section in sections if last in _fields(section)}
             about = "".join(f": {text[0].lower()}{text[1:].rstrip('.')}" for text in what if text)
             return path, f"missing; add this key{about}", None
         case "union_tag_invalid":
@@ -198,12 +199,17 @@ def _place(root: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str,
         else:
             path.append(one_line(part, 60))
             owners = inside
-            fields = [owner.model_fields[part] for owner in owners if part in owner.model_fields]
+            fields = [_fields(owner)[part] for owner in owners if part in _fields(owner)]
             arms = [arm for field in fields for arm in _sections(field.annotation)]
             alone = len(arms) == 1 and arms[0][0] == _literal(arms[0][1])  # no union: nothing chooses by the literal
             inside = {section for _, section in arms}
             tags = {} if alone else {tag: section for tag, section in arms if tag}
     return ".".join(path), owners
+
+
+def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys of a section as the file writes them."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _sections(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:

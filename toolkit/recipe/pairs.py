@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
+from toolkit.recipe.clusters import Clusters, Packing
 from toolkit.recipe.search import CODE_HAS_NO_LANGUAGE, Bm25Mine, Mine, MineSettings, RetrieverMine
 from toolkit.recipe.section import FaultyRows, Natural, Positive, Section, Text
 from toolkit.recipe.sources import FolderSource, HubSource, StdlibSource, kind_of_source
+from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, Surrogate
 
 
 class PairFields(Section):
@@ -79,6 +81,8 @@ class PairsData(Section):
         None, description="Several sources: rows of all in every pool, or one source per pool."
     )
     mine: Mine | None = Field(None, description="Search for hard negatives of the rows; null: their own alone.")
+    clusters: Clusters | None = Field(None, description="Groups of rows that are near one another; for packing.")
+    packing: Packing | None = Field(None, description="How pools are cut from the clusters; null: rows are shuffled.")
     faulty_rows: FaultyRows = "refuse"
 
 
@@ -93,14 +97,45 @@ def check_pairs(at: str, data: PairsData, first_stage: bool) -> Iterator[tuple[s
             if getattr(source.fields, key) != field.default:
                 yield f"{at}.sources.{number}.fields.{key}", "is not read with format beir; remove the key"
     weighted = [source.weight is not None for source in data.sources]
-    if any(weighted) and not all(weighted):
+    if data.packing is None and any(weighted) and not all(weighted):
         yield f"{at}.sources.{weighted.index(False)}.weight", "missing; give every source a weight, or none"
-    if len(data.sources) > 1 and data.mix is None:
+    if data.packing is not None:
+        yield from _check_packing(at, data, data.packing)
+    elif len(data.sources) > 1 and data.mix is None:
         yield f"{at}.mix", 'missing; write "rows" (all sources in every pool) or "pools" (one source per pool)'
-    if len(data.sources) == 1 and data.mix is not None:
+    elif len(data.sources) == 1 and data.mix is not None:
         yield f"{at}.mix", "there is one source; remove the key"
+    if data.clusters is not None:
+        if data.packing is None:
+            yield f"{at}.clusters", 'has no effect without packing; add "packing": {"walk": "greedy"}, or remove it'
+        for key, problem in surrogate_problems(data.clusters.surrogate, first_stage):
+            yield f"{at}.clusters.surrogate.{key}", problem
     if data.mine is not None:
         yield from _check_mine(at, data, data.mine, first_stage)
+
+
+def _check_packing(at: str, data: PairsData, packing: Packing) -> Iterator[tuple[str, str]]:
+    """Packing lays out all rows of all sources once an epoch, so shares and mixing mean nothing beside it."""
+    if data.clusters is None:
+        yield f"{at}.packing", "cuts pools from clusters; add data.clusters, or remove it"
+    if data.mix is not None:
+        yield f"{at}.mix", "has no effect with packing, which has data.packing.within; remove the key"
+    for number, source in enumerate(data.sources):
+        if source.weight is not None:
+            fix = "remove it (limit lets a source give fewer rows)"
+            yield f"{at}.sources.{number}.weight", f"packing takes every row of a source once an epoch; {fix}"
+    if len(data.sources) > 1 and packing.within is None:
+        yield f"{at}.packing.within", 'missing; write "all" (a pool may straddle two sources) or "source" (never)'
+    if len(data.sources) == 1 and packing.within is not None:
+        yield f"{at}.packing.within", "there is one source; remove the key"
+
+
+def surrogate_problems(surrogate: Surrogate, first_stage: bool) -> Iterator[tuple[str, str]]:
+    """(key, problem and fix) of what does not fit together in a surrogate."""
+    if isinstance(surrogate, PreviousSurrogate) and first_stage:
+        yield "by", 'there is no stage before the first; write "retriever" or "bm25"'
+    if isinstance(surrogate, Bm25Surrogate) and surrogate.text == "code" and surrogate.language is not None:
+        yield "language", CODE_HAS_NO_LANGUAGE
 
 
 def _check_mine(at: str, data: PairsData, mine: Mine, first_stage: bool) -> Iterator[tuple[str, str]]:

@@ -115,7 +115,9 @@ def _plain_norm(engine: Any, stage: Stage) -> Tensor | None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch (nested NamedTuples of tensors) on a device."""
+    """A batch (nested NamedTuples of tensors and None) on a device."""
+    if batch is None:
+        return None
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return type(batch)(*(to_device(part, device) for part in batch))

@@ -14,7 +14,8 @@ from toolkit.data.pairs import PairBatch, PairStore, collate_pairs, write_pairs
 from toolkit.data.text_store import text_key
 from toolkit.losses.contrastive import negatives
 from toolkit.methods.contrastive.keys import ContrastiveObjective
-from toolkit.methods.contrastive.objective import Contrastive, Pool
+from toolkit.methods.contrastive.objective import Contrastive
+from toolkit.methods.pair_loss import Pool
 
 DIRECTIONS = ["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 POOL = 6  # the first rows; the last two are in no pool
