@@ -1,25 +1,32 @@
 """Rows that are pairs, of several methods: prepared, put in order, and looked at before anything is trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from toolkit.data.first_look import Look, check_limit, look_at_pairs, no_negatives, too_few
 from toolkit.data.pairs import PairBatch, PairPlan, PairStore, collate_pairs
+from toolkit.data.stream import Collate, Plan
 from toolkit.data.tokens import pad_id
 from toolkit.methods.method import Feed, Lines, Models, Row, StageRun, Tokenizers
 from toolkit.methods.preview import as_tokens
 from toolkit.prepare.negatives import with_negatives
 from toolkit.prepare.pairs import prepare_pairs
+from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.pairs import PairsData, PairSource
 from toolkit.recipe.stage import Stage
 
 PairStage = Stage[Any, PairsData]
 
 
-def open_pairs(run: StageRun, models: Models, tokenizer: Any) -> Feed:
+# (order of the rows, their texts, data section with what was mined, batches of pairs) -> a method's own batches
+OwnBatches = Callable[[Plan, PairStore, PairsData, Collate], Collate]
+
+
+def open_pairs(run: StageRun, models: Models, tokenizer: Any, own_batches: OwnBatches | None = None) -> Feed:
     """The pairs of a stage; mined first, where the recipe asks for it."""
     stage = run.stage
     previous = None if run.before is None else run.before / "export"
@@ -30,6 +37,7 @@ def open_pairs(run: StageRun, models: Models, tokenizer: Any) -> Feed:
     plan = PairPlan(store.sizes, weights or None, stage.batch.pool, data.mix, run.data_seed)
     slots = {"positives": data.positives, "negatives": data.negatives}
     collate = partial(_collate, store, slots | {"seed": run.data_seed, "pad_id": pad_id(tokenizer)})
+    collate = collate if own_batches is None else own_batches(plan, store, data, collate)
     return Feed(plan, collate, len(store), "pairs", store.digest, store.examples)
 
 
@@ -97,3 +105,19 @@ def pair_example(stage: PairStage, number: int, look: Look, tokenizers: Tokenize
         why = "mined before the stage trains" if stage.data.mine else "none in the rows looked at"
         lines.append(("example negative", why))
     return lines
+
+
+def check_sizes(stage: PairStage, configs: dict[str, PretrainedConfig]) -> None:
+    """RecipeError for sizes of vectors that the retriever has not, or whose last is not its own.
+
+    The export holds vectors of all dimensions, so these are trained too.
+    """
+    sizes = stage.objective.matryoshka
+    if sizes is None:
+        return
+    largest, width = max(sizes), configs["retriever"].hidden_size
+    if largest > width:
+        raise RecipeError(f"objective.matryoshka: {largest} is more than the model's {width} dimensions; remove it")
+    if largest < width:
+        problem = f"lacks the model's {width} dimensions, which its export has; add {width}"
+        raise RecipeError(f"objective.matryoshka: {problem}")

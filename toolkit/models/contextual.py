@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from toolkit.data.tokens import Tokens
 from toolkit.models.backbone import CAUSAL_TYPES
 from toolkit.models.both_ways import both_ways_states, without_own_embeddings
+from toolkit.models.encoder import Encoder
+from toolkit.models.lengths import LEARNED_POSITIONS
 from toolkit.models.pooling import pool
 from toolkit.models.shared_prefix import PREFIXED, joined_states, keys_values, text_states
 from toolkit.models.two_adapters import FIRST, through
@@ -22,7 +24,7 @@ from toolkit.recipe.context import ContextSettings
 NULL_SIZE = 0.01  # standard deviation of the null vector at the beginning
 
 
-class ContextualEncoder(nn.Module):
+class ContextualEncoder(Encoder):
     """Tokens and context vectors -> vectors [rows, d], unit length if `normalize` (fp32; fp64 for an fp64 backbone).
 
     A text without context is read with J null vectors.
@@ -52,14 +54,10 @@ class ContextualEncoder(nn.Module):
         Raises:
             ValueError: for settings that do not fit the backbones.
         """
-        super().__init__()
+        super().__init__(backbone, pooling, normalize)
         check_form(settings, backbone.config, pooling)
-        self.backbone = backbone
         self.first_backbone = first_backbone
         self.settings = settings
-        self.pooling = pooling
-        self.normalize = normalize
-        self.truncate_dim = None
         self.instruction_end = instruction_end
         self.causal_text = settings.form == "projected" and backbone.config.model_type in CAUSAL_TYPES
         self.share_prefix = share_prefix and self.causal_text
@@ -72,7 +70,7 @@ class ContextualEncoder(nn.Module):
                 f"context vectors of width {width} cannot enter a backbone of width {dim} as token embeddings; set "
                 f'objective.context.width to {dim}, or its form to "projected"'
             )
-        self.width = width
+        self.width, self.dim = width, dim
         self.first_head = nn.Sequential(nn.Linear(deep, deep), nn.GELU(), nn.Linear(deep, width))
         soft = nn.Linear(width, settings.soft_prompts * width)
         self.prompts = nn.Sequential(nn.Linear(width, width), nn.ReLU(), soft)
@@ -94,7 +92,7 @@ class ContextualEncoder(nn.Module):
         """
         given = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "use_cache": False}
         if self.first_backbone is None:
-            with through(self.backbone, FIRST):
+            with through(self.backbone, FIRST):  # pyright: ignore[reportArgumentType]
                 states = plain(self.backbone)(**given).last_hidden_state
         else:
             states = plain(self.first_backbone)(**given).last_hidden_state
@@ -128,7 +126,7 @@ class ContextualEncoder(nn.Module):
         if self.projector is not None:
             joined = F.normalize(self.projector(joined), dim=-1) * self.embedding_norm
         elif self.settings.form == "flattened":
-            joined = flattened(joined, self.backbone.config.hidden_size)
+            joined = flattened(joined, self.dim)
         else:
             joined = without_own_embeddings(plain(self.backbone), joined)
         return keys_values(plain(self.backbone), joined) if self.share_prefix else joined
@@ -180,13 +178,15 @@ def plain(backbone: Any) -> Any:
 
 def mean_norm(backbone: Any) -> float:
     """The mean norm of a model's token embeddings, those of zeros left out."""
-    norms = plain(backbone).get_input_embeddings().weight.detach().double().norm(dim=1)
+    weight = plain(backbone).get_input_embeddings().weight.detach()
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
     return float(norms[norms > 0].mean())
 
 
 def check_form(settings: ContextSettings, config: Any, pooling: str) -> None:
     """Raise ValueError, with the key below the stage, for settings that do not fit a second stage's backbone."""
     causal, at = config.model_type in CAUSAL_TYPES, "objective.context"
+    consecutive = settings.positions == "consecutive"
     if settings.size % settings.vectors_per_document:
         raise ValueError(
             f"{at}.vectors_per_document: {settings.vectors_per_document} vectors a document do not make up "
@@ -196,18 +196,29 @@ def check_form(settings: ContextSettings, config: Any, pooling: str) -> None:
         raise ValueError(f'{at}.form: tokens is for encoders, and {config.model_type} is causal; write "projected"')
     if settings.form == "flattened" and not causal:
         raise ValueError(f'{at}.form: flattened is for causal models, not {config.model_type}; write "tokens"')
-    if causal and settings.form == "projected" and config.to_dict().get("is_causal") is False:
-        raise ValueError(
-            f"{at}.form: the model's config says is_causal false, and projected needs a causal text; write "
-            '"flattened", or take is_causal out'
-        )
-    if causal and settings.form == "projected" and settings.pool == "all":
-        raise ValueError(f'{at}.pool: all needs a text that is read both ways; write "text"')
+    if settings.form == "flattened" and not consecutive:
+        raise ValueError(f'{at}.positions: flattened vectors stand at consecutive positions; write "consecutive"')
+    if consecutive and config.model_type in LEARNED_POSITIONS:
+        raise ValueError(f'{at}.positions: {config.model_type} has positions for a text alone; write "none"')
+    if causal and settings.form == "projected":
+        _check_causal_text(settings, config, at)
     if pooling != "mean" and (settings.pool == "after_instruction" or settings.position_weights):
         key = "pool after_instruction" if settings.pool == "after_instruction" else "position_weights"
         raise ValueError(f"{at}: {key} goes with encoder.pooling mean, not {pooling}; change one of them")
     if settings.pool == "all" and pooling == "cls":
         raise ValueError(f'{at}.pool: all with encoder.pooling cls would be a context vector; write "text"')
+
+
+def _check_causal_text(settings: ContextSettings, config: Any, at: str) -> None:
+    if settings.positions == "consecutive":
+        raise ValueError(f'{at}.positions: in a causal model a projected context has no order; write "none"')
+    if config.to_dict().get("is_causal") is False:
+        raise ValueError(
+            f"{at}.form: the model's config says is_causal false, and projected needs a causal text; write "
+            '"flattened", or take is_causal out'
+        )
+    if settings.pool == "all":
+        raise ValueError(f'{at}.pool: all needs a text that is read both ways; write "text"')
 
 
 def pool_parts(states: Tensor, attention_mask: Tensor, parts: int, length: int) -> Tensor:

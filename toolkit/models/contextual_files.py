@@ -34,7 +34,6 @@ class ContextFile(NamedTuple):
     settings: ContextSettings
     instruction_end: int | None  # id of the colon, for pool after_instruction
     embedding_norm: float  # to which form projected scales
-    share_prefix: bool
 
 
 def is_contextual(folder: Path) -> bool:
@@ -69,7 +68,6 @@ def write_context(folder: Path, encoder: ContextualEncoder, state: dict[str, Ten
         "settings": encoder.settings.model_dump(),
         "instruction_end": encoder.instruction_end,
         "embedding_norm": encoder.embedding_norm,
-        "share_prefix": encoder.share_prefix,
     }
     names = own_names(encoder)
     if missing := [name for name in names if name not in state]:
@@ -104,7 +102,6 @@ def load_contextual(
         pooling,
         normalize,
         instruction_end=found.instruction_end,
-        share_prefix=found.share_prefix,
     )
     encoder.embedding_norm = found.embedding_norm
     if not own:

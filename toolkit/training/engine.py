@@ -6,6 +6,7 @@ Called by the loop. Every function is collective: all ranks call it.
 import gc
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -75,9 +76,11 @@ def train_step(
         group["lr"] = lr
     losses, norm = [], None
     tokens: Counter[str] = Counter()
+    beside: Counter[str] = Counter()
     for batch in batches:
         batch = to_device(batch, device)
         tokens.update(_num_tokens(batch))
+        beside.update(engine.module.beside(batch))
         loss = engine(batch)
         engine.backward(loss.total * _one_or_nan(loss.total))
         losses.append(Loss(loss.total.detach(), loss.parts))
@@ -94,7 +97,7 @@ def train_step(
         for group in engine.optimizer.averaged_gradients:  # which DeepSpeed leaves as they are, to be added to
             engine.optimizer.averaged_gradients[group] = None
     engine.module.after_step(applied)
-    values = reduce_losses(losses, tokens, waited, device)
+    values = reduce_losses(losses, tokens, beside, waited, device)
     values["lr"] = lr
     values["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
     if not applied and math.isfinite(values["grad_norm"]):
@@ -125,9 +128,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def _num_tokens(batch: Any) -> dict[str, int]:
     """Real tokens of each side of a batch."""
-    sides = {name: part for name, part in batch._asdict().items() if isinstance(part, Tokens)}
+    sides = dict(_sides(batch))
     counts = torch.stack([part.attention_mask.sum() for part in sides.values()]).tolist()  # one wait for the device
     return dict(zip(sides, counts, strict=True))
+
+
+def _sides(batch: Any) -> Iterator[tuple[str, Tokens]]:
+    for name, part in batch._asdict().items():
+        if isinstance(part, Tokens):
+            yield name, part
+        elif isinstance(part, tuple):
+            yield from _sides(part)
 
 
 @torch.no_grad()
