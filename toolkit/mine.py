@@ -21,7 +21,7 @@ from toolkit.ranks.command import exit_code
 from toolkit.ranks.last_words import end
 from toolkit.ranks.roll_call import join_ranks
 from toolkit.ranks.together import on_every_rank, together
-from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.errors import RecipeError, of_flag
 from toolkit.recipe.evaluation import EvalSettings
 from toolkit.recipe.pairs import FolderPairs, mine_problems
 from toolkit.recipe.search import Bm25Mine, MineSettings
@@ -70,7 +70,8 @@ def _run(arguments: argparse.Namespace) -> None:
         retriever = with_settings(load_any(arguments.what, arguments.adapter, changes, device).retriever, changes)
 
     def read() -> Any:
-        records = list(read_pairs(source, Counter()))
+        with of_flag("--pairs"):
+            records = list(read_pairs(source, Counter()))
         if not records:
             raise RecipeError(f"{arguments.pairs}: holds no pair; name rows with queries and positives")
         more = passages_beside(source, None) if arguments.corpus is None else _read_corpus(Path(arguments.corpus))
@@ -153,7 +154,8 @@ def _read_corpus(path: Path) -> list[str]:
     if corpus.is_file():
         return list(read_beir_texts(corpus).values())
     source = FolderTexts.model_validate({"folder": str(path)})
-    return [record.texts[0] for record in read_source(source, Counter())]
+    with of_flag("--corpus"):
+        return [record.texts[0] for record in read_source(source, Counter())]
 
 
 def _check_output(folder: Path) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor
 from toolkit.models.adapters import read_config
 from toolkit.models.backbone import load_encoder_backbone
 from toolkit.models.contextual import ContextualEncoder
-from toolkit.models.formats import ADAPTER_WEIGHTS
+from toolkit.models.formats import ADAPTER_WEIGHTS, CONTEXT_WEIGHTS
 from toolkit.models.two_adapters import FIRST, add_first
 from toolkit.recipe.context import ContextSettings
 from toolkit.recipe.errors import RecipeError
 
-CONTEXT, CONTEXT_WEIGHTS = "context.json", "context.safetensors"
+CONTEXT = "context.json"
 FIRST_FOLDER = FIRST  # below the retriever's: the first stage's model, or its adapter of the retriever's backbone
 _OF_BACKBONES = ("backbone.", "first_backbone.")
 

@@ -60,14 +60,14 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     Raises:
         RecipeError: for what is none of these, damaged, or cannot be run here; one line with the fix.
     """
-    folder = _find(what)
-    added = None if adapter is None else _find(adapter)
+    folder = find_retriever(what)
+    added = None if adapter is None else find_retriever(adapter)
     base = None
     if added is None:
         base = together(lambda: base_of_adapter(folder) if _is_bare_adapter(folder) else None)
     if base is not None:
         added = folder
-    of = folder if base is None else _find(base)
+    of = folder if base is None else find_retriever(base)
     loaded = on_every_rank(lambda: _load(what, of, added, changes, device))
     return loaded if dense else loaded._replace(retriever=on_every_rank(lambda: _without_dense(what, loaded.retriever)))
 
@@ -127,10 +127,13 @@ def _is_bare_adapter(folder: Path) -> bool:
     return not own and holds_bare_adapter(folder)
 
 
-def _find(what: str) -> Path:
+def find_retriever(what: str) -> Path:
     """A folder as it is; anything else that can be a hub id is fetched: rank 0 first, then the others.
 
     Which of them it is rank 0 decides, as the ranks would wait for one another in different places.
+
+    Raises:
+        RecipeError: for no folder, and what cannot be fetched.
     """
     folder = expanded(what)
     if together(folder.is_dir):
