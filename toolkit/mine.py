@@ -16,6 +16,7 @@ from toolkit.data.negatives import known_positives, mining_rows
 from toolkit.data.pair_records import content_hash, read_pairs
 from toolkit.data.records import read_source
 from toolkit.files import expanded, replacing_folder
+from toolkit.models.in_context import InContext, without_context
 from toolkit.prepare.negatives import about_bm25, passages_beside
 from toolkit.ranks.command import exit_code
 from toolkit.ranks.last_words import end
@@ -27,6 +28,7 @@ from toolkit.recipe.pairs import FolderPairs, mine_problems
 from toolkit.recipe.search import Bm25Mine, MineSettings
 from toolkit.recipe.texts import FolderTexts
 from toolkit.retrieval.bm25 import warn_if_nothing_found
+from toolkit.retrieval.context import in_own_context
 from toolkit.retrieval.embed import checkpoint_digest
 from toolkit.retrieval.mining import bm25_reading, bm25_search, digest_of_all, mine, retriever_search, write_mined
 from toolkit.retrieval.retrievers import load_any
@@ -67,7 +69,8 @@ def _run(arguments: argparse.Namespace) -> None:
     on_rank_zero(lambda: _check_output(arguments.output))
     retriever, reading = None, ""
     if arguments.what != "bm25":
-        retriever = with_settings(load_any(arguments.what, arguments.adapter, changes, device).retriever, changes)
+        loaded = load_any(arguments.what, arguments.adapter, changes, device).retriever
+        retriever = without_context(with_settings(loaded, changes))  # it reads with passages of the pairs
 
     def read() -> Any:
         with of_flag("--pairs"):
@@ -100,7 +103,10 @@ def _run(arguments: argparse.Namespace) -> None:
             "checkpoint": on_rank_zero(lambda: checkpoint_digest(retriever)),
             "settings": retriever.settings.model_dump(),
         }
-        search = retriever_search(retriever, rows)
+        reads = in_own_context(retriever, rows.passages, arguments.pairs, arguments.seed)
+        if isinstance(reads.encoder, InContext):
+            about["by"]["context"] = reads.encoder.kept.about
+        search = retriever_search(reads, rows)
     mined = mine(rows, search, settings, arguments.seed, 0)
 
     def write() -> None:

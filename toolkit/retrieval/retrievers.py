@@ -19,8 +19,10 @@ from toolkit.data.tokens import pad, pad_id, tokenize
 from toolkit.export.write import load_export
 from toolkit.files import expanded
 from toolkit.models.backbone import check_adapter, check_weights, read_config
+from toolkit.models.contextual_files import FIRST_FOLDER, is_contextual
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import ADAPTER_CONFIG, lacks_weights
+from toolkit.models.in_context import KEPT
 from toolkit.models.lengths import check_length, longest_input
 from toolkit.models.places import base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.models.retriever import Retriever, load_retriever
@@ -155,6 +157,8 @@ def _snapshot(hub: str) -> str:
         found = snapshot_download(hub, allow_patterns=FILES, ignore_patterns=NOT_FILES)
         if any(Path(found).glob("*_Dense")):
             snapshot_download(hub, allow_patterns=DENSE_FILES)
+        if is_contextual(Path(found)):  # its first stage, and a context
+            snapshot_download(hub, allow_patterns=[f"{FIRST_FOLDER}/*", str(KEPT)], ignore_patterns=["*.bin", "*.py"])
         return found
     except (OSError, ValueError, HTTPError) as error:  # the hub's own errors are kinds of these
         problem = hub_problem(hub, error, "name that")

@@ -85,4 +85,4 @@ def _check_context(at: str, stage: CdeStage) -> Iterator[tuple[str, str]]:
         yield f"{at}.objective.share_prefix", f"has no effect on form {context.form}; remove it"
 
 
-KEYS = MethodKeys(CdeObjective, PairsData, _models, _check)
+KEYS = MethodKeys(CdeObjective, PairsData, _models, _check, contextual=True)
