@@ -59,7 +59,8 @@ def remove_other(folder: Path) -> None:
     except DAMAGED:
         return
     for name in names:
-        for place in (f"{name}.json", f"rankings/{name}.json", f"rankings/{name}.trec"):
+        places = (f"{name}.json", f"rankings/{name}.json", f"rankings/{name}.trec", f"context/{name}.safetensors")
+        for place in places:
             (folder / place).unlink(missing_ok=True)
     if scored is not None and len(scored.revision) == 16 and scored.revision.isalnum():
         remove_scored(folder, scored)

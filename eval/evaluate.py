@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.answers import accuracies
+from eval.contexts import Contexts
 from eval.earlier import is_unfinished
 from eval.mteb_encoder import score_by_mteb
 from eval.mteb_files import name_scored
@@ -68,8 +69,8 @@ def evaluate(
         folder: gets metrics.json, per_query.json, rankings/, and the scores in mteb's format: results/ in the layout of
             mteb's cache, and <collection>.json for each collection that mteb does not know.
         label, step: what is scored, for the record.
-        changes: of the retriever's settings, how ids and prompts are treated, number format of the documents' vectors;
-            None: none.
+        changes: of the retriever's settings, how ids and prompts are treated, the context of a contextual retriever,
+            number format of the documents' vectors; None: none.
         vectors: a folder that all ranks see, which keeps the vectors for other evaluations of the same weights; None:
             folder/vectors, deleted when all scores are written.
         may_collapse: see `encode`.
@@ -83,19 +84,22 @@ def evaluate(
     """
     changes = changes or EvalSettings()  # pyright: ignore[reportCallIssue]
     retriever = with_settings(retriever, changes)
+    contexts = Contexts(retriever, changes.context, folder)
+    retriever = contexts.bare(retriever)
     checkpoint = on_rank_zero(lambda: checkpoint_digest(retriever))
     store = Store(vectors or folder / "vectors", checkpoint, changes.vectors_dtype)
     kept = on_rank_zero(lambda: _prepare_store(store, folder, vectors))
 
     def rank_documents(task: Task, texts: list[str], own: slice, candidates: list[np.ndarray] | None, k: int) -> Ranked:
         prompted = for_task(retriever, changes, task.task_name, task.task_type)
+        prompted, noted = contexts.of(task.collection.name, prompted, texts)
         documents = encode(prompted, task.collection.documents, "passage", store, may_collapse)
         exact = store._replace(dtype="fp32")  # they are few; documents alone may be kept in less
         queries = encode(prompted, task.collection.queries, "query", exact, may_collapse).array()
         if candidates is not None:
-            return Ranked(*search_among(queries[own], documents, candidates, k), {})
+            return Ranked(*search_among(queries[own], documents, candidates, k), noted)
         scores, indices = search(queries, documents, k)
-        return Ranked(scores[own], indices[own], {})
+        return Ranked(scores[own], indices[own], noted)
 
     system = {
         "kind": "dense",
@@ -104,12 +108,13 @@ def evaluate(
         "vectors": changes.vectors_dtype,
         "settings": retriever.settings.model_dump(),
         "prompts": changes.prompts,
+        **contexts.record(),
     }
 
     scored = name_scored(label, [system, changes.identical_ids])
 
     def by_mteb(task: MtebTask) -> dict[str, MtebResult]:
-        return score_by_mteb(task, retriever, changes, scored, may_collapse)
+        return score_by_mteb(task, retriever, changes, scored, may_collapse, contexts)
 
     record = {"label": label, "step": step, "system": system, "identical_ids": changes.identical_ids}
     progress = Progress(folder, record | {"mteb": scored._asdict()}, beside)

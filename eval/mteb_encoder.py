@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.contexts import Contexts
 from eval.mteb_files import Scored
 from eval.results import MtebResult
 from eval.tasks import MtebTask
@@ -64,17 +65,28 @@ class MtebEncoder:
 
 
 def score_by_mteb(
-    task: MtebTask, retriever: Retriever, changes: EvalSettings, scored: Scored, may_collapse: bool
+    task: MtebTask,
+    retriever: Retriever,
+    changes: EvalSettings,
+    scored: Scored,
+    may_collapse: bool,
+    contexts: Contexts,
 ) -> dict[str, MtebResult]:
     """Collection -> scores of a task's subsets and splits; every rank calls it.
+
+    A context of the task itself is drawn from the first of its texts that are embedded together.
 
     Raises:
         RecipeError: if the data cannot be loaded. ValueError: see `encode`.
     """
 
+    prompted: dict[str, Retriever] = {}
+
     def embed(name: str, task_type: str, kind: Any, texts: list[str]) -> np.ndarray:
+        if name not in prompted:
+            prompted[name], _ = contexts.of(name, for_task(retriever, changes, name, task_type), texts)
         numbered = {str(i): text for i, text in enumerate(texts)}
-        return encode(for_task(retriever, changes, name, task_type), numbered, kind, may_collapse=may_collapse).array()
+        return encode(prompted[name], numbered, kind, may_collapse=may_collapse).array()
 
     def score(embed: Embed) -> dict[str, Any]:
         import mteb  # takes seconds to import: only for those who ask for it

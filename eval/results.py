@@ -202,6 +202,11 @@ def _mteb_format(parts: list[Result]) -> dict[str, Any]:
     }
 
 
+def context_file(folder: Path, collection: str) -> Path:
+    """Where the context that a collection was read with lies."""
+    return folder / "context" / f"{file_name(collection)}.safetensors"
+
+
 def file_name(collection: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", collection)
 

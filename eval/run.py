@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.compare import print_comparisons, read_system
+from eval.contexts import beside, check_context, contexts_beside, label_of
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.results import MAIN, file_name
 from eval.suites import check_prompts, expand
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         "of prose, for BM25: a PyStemmer algorithm, none or ngrams (Chinese, Japanese, Thai ...); default: detected"
     )
     of_model.add_argument("--bm25-language", metavar="NAME", help=language)
+    context = "of a contextual retriever: corpus, none, a folder in BEIR layout, or a context's file; repeatable"
+    of_model.add_argument("--context", action="append", default=[], metavar="FROM", help=context)
+    seed = "draws the documents of the context (default: 0)"
+    of_model.add_argument("--context-seed", type=int, metavar="N", help=seed)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
 
@@ -68,6 +73,12 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
         if not equals:
             raise RecipeError(f"--prompt {prompt}: write TASK=TEXT")
         prompts[task] = text
+    if arguments.context_seed is not None and not arguments.context:
+        raise RecipeError("--context-seed: draws a context; add --context, or leave it out")
+    context = None
+    if arguments.context:
+        first, *others = arguments.context
+        context = {"from": first, "seed": arguments.context_seed or 0, "beside": others}
     return settings_from_flags(
         arguments,
         prompts=prompts,
@@ -75,6 +86,7 @@ def _settings(arguments: argparse.Namespace) -> EvalSettings:
         bm25_text=arguments.bm25_text,
         bm25_language=arguments.bm25_language,
         vectors_dtype=arguments.vectors_dtype,
+        context=context,
     )
 
 
@@ -102,16 +114,13 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = ({} if arguments.no_bm25 else {"BM25": folder / "bm25"}) | {"retriever": folder}
         if not arguments.no_bm25:  # before the retriever, whose scores are then said beside its
             evaluate_bm25(suites, rows["BM25"], changes, arguments.bm25_cache)
-        evaluate(
-            retriever,
-            suites,
-            folder,
-            label=what if arguments.adapter is None else f"{what} with {arguments.adapter}",
-            step=None,
-            changes=changes,
-            vectors=arguments.vectors,
-            beside=rows.get("BM25"),
-        )
+        label = what if arguments.adapter is None else f"{what} with {arguments.adapter}"
+        given = {"step": None, "vectors": arguments.vectors, "beside": rows.get("BM25")}
+        evaluate(retriever, suites, folder, label, changes=changes, **given)
+        for place, others in contexts_beside(changes):
+            rows[label_of(place)] = beside(folder, place)
+            evaluate(retriever, suites, rows[label_of(place)], f"{label}, {label_of(place)}", changes=others, **given)
+        rows["retriever"] = rows.pop("retriever")  # the table ends with it
     if rank() == 0:
         _print_table(rows)
         _print_comparisons(folder, rows, arguments.compare)
@@ -120,6 +129,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _check_ahead(arguments: argparse.Namespace, changes: EvalSettings, suites: list[str]) -> None:
     """Raise RecipeError, before anything is scored, for what would be seen after it, or never."""
     check_prompts(changes.prompts, suites)
+    check_context(changes)
     for folder in arguments.compare:
         read_system(folder, str(folder))
     for flag in ("output", "vectors", "bm25_cache"):
@@ -137,6 +147,7 @@ def _check_place(flag: str, folder: Path) -> None:
 
 def _print_comparisons(folder: Path, rows: dict[str, Path], others: list[Path]) -> None:
     """The result against BM25, where that has scores of two queries or more of a collection, and the earlier ones."""
+    others = [*(place for label, place in rows.items() if label.startswith("context ")), *others]
     if "retriever" in rows and "BM25" in rows:
         lexical = read_system(rows["BM25"], "BM25")
         if any(len(lexical.main_scores(name)) > 1 for name in lexical.metrics):

@@ -6,6 +6,7 @@ Called by launcher/stages.py before the first stage and by --dry-run.
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+from eval.contexts import check_context
 from eval.suite_checks import HubData, NotKnown, check_on_hub, check_suite
 from eval.suites import check_prompts, expand
 from toolkit.data.first_look import Look
@@ -90,6 +91,8 @@ def _check_suites(found: Ahead, recipe: Recipe, dry: bool) -> None:
     outcome: dict[str, list[RecipeError]] = {}
     for index, stage in enumerate(recipe.stages):
         at = f"stages.{index}.eval"
+        if (error := _problem(check_context, stage.eval)) is not None:
+            found.problems.append(f"stages.{index}.{error}")
         for number, suite in enumerate(stage.eval.suites):
             if suite not in outcome:
                 cut_off = any(isinstance(error, Unreachable) for errors in outcome.values() for error in errors)

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from eval.contexts import beside, contexts_beside, label_of
 from eval.evaluate import evaluate
 from eval.report import Origin, ReportRow, TrainingRow, write_report
 from eval.suites import data_state
@@ -267,15 +268,11 @@ def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device)
         return {}
     retriever = on_every_rank(lambda: load_export(folder / "export", device))
     step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
-    scores = evaluate(
-        retriever,
-        stage.eval.suites,
-        folder / "eval",
-        label=stage.name,
-        step=step,
-        changes=stage.eval,
-        beside=run / "bm25" / "eval",
-    )
+    given = {"step": step, "beside": run / "bm25" / "eval"}
+    scores = evaluate(retriever, stage.eval.suites, folder / "eval", stage.name, changes=stage.eval, **given)
+    for place, changes in contexts_beside(stage.eval):
+        label = f"{stage.name}, {label_of(place)}"
+        evaluate(retriever, stage.eval.suites, beside(folder / "eval", place), label, changes=changes, **given)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
     on_rank_zero(lambda: add_scores(folder / "export", scores, start_scores(recipe, origin(recipe, index), run)))
     return scores
@@ -322,6 +319,10 @@ def report(recipe: Recipe, run: Path, stopped: str) -> None:
             known = [row.label for row in rows]
             others = [label for label in against if label in known]
             rows.append(ReportRow(labels[index], folders[index] / "eval", start or labels[index], others))
+            for place, _ in contexts_beside(recipe.stages[index].eval):
+                label = f"{labels[index]}, {label_of(place)}"
+                folder = beside(folders[index] / "eval", place)
+                rows.append(ReportRow(label, folder, start or labels[index], [labels[index]]))
     training = []
     for index in done:
         stage, record = recipe.stages[index], json.loads((folders[index] / "done.json").read_text(encoding="utf-8"))

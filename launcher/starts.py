@@ -12,10 +12,12 @@ import torch
 from eval.evaluate import evaluate, evaluate_bm25
 from eval.suites import check_prompts, data_state, expand
 from toolkit.collectives import on_rank_zero
+from toolkit.export.write import load_export
 from toolkit.files import replace_text
 from toolkit.models.backbone import DTYPES
+from toolkit.models.contextual_files import is_contextual
 from toolkit.models.places import ModelSource
-from toolkit.models.retriever import load_retriever
+from toolkit.models.retriever import Retriever, load_retriever
 from toolkit.ranks.together import on_every_rank
 from toolkit.recipe.evaluation import EvalSettings
 from toolkit.recipe.models import BuildStart
@@ -43,7 +45,8 @@ def _identity(stage: Stage) -> dict[str, Any]:
 
 
 def _changes(stage: Stage) -> dict[str, Any]:
-    return stage.eval.model_dump(mode="json", include=set(EvalSettings.model_fields))
+    changes = stage.eval.model_dump(mode="json", include=set(EvalSettings.model_fields))
+    return {key: value for key, value in changes.items() if (key, value) != ("context", None)}  # earlier records
 
 
 def start_label(recipe: Recipe, first: int) -> str:
@@ -137,9 +140,10 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
     source = find_models(stage_run(recipe, first, run, device)).retriever
     if on_rank_zero(lambda: scored(_state(source))):
         return
-    retriever = on_every_rank(
-        lambda: load_retriever(source.folder, stage.encoder_settings, DTYPES[stage.precision], device, source.adapter)
-    )
+    retriever = on_every_rank(lambda: _load(source, stage, device))
+    changes = stage.eval
+    if retriever.first is None:  # the start of a contextual stage is most often plain
+        changes = changes.model_copy(update={"context": None})
     step = sum(earlier.optim.steps for earlier in recipe.stages[:first])
     record = {"suites": suites, "data": on_rank_zero(lambda: data_state(suites)), "of": _identity(stage)}
     label = start_label(recipe, first)
@@ -149,12 +153,21 @@ def evaluate_start(recipe: Recipe, first: int, run: Path, device: torch.device) 
         folder / "eval",
         label=label,
         step=step,
-        changes=stage.eval,
+        changes=changes,
         may_collapse=True,
         beside=run / "bm25" / "eval",
     )
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
     on_rank_zero(lambda: _finish(folder, record | {"scores": scores, "model": _state(source)}))
+
+
+def _load(source: ModelSource, stage: Stage, device: torch.device) -> Retriever:
+    trained, settings = source.adapter or source.folder, stage.encoder_settings
+    if not is_contextual(trained):
+        return load_retriever(source.folder, settings, DTYPES[stage.precision], device, source.adapter)
+    found = load_export(trained, device)
+    encoder = found.encoder.changed(settings.pooling, settings.normalize, settings.truncate_dim)
+    return found._replace(encoder=encoder, settings=settings)
 
 
 def _state(source: ModelSource) -> list[Any]:

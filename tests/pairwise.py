@@ -1,4 +1,7 @@
-"""Small sets of combinations: in which every pair of values of two factors occurs together, or every value (greedy)."""
+"""Small sets of combinations: in which every pair of values of two factors occurs together, or every value (greedy).
+
+And the factors that several tests of methods on ranks have in common.
+"""
 
 from itertools import combinations, product
 from typing import Any
@@ -7,6 +10,21 @@ Pair = tuple[str, int, str, int]  # two factors, in order, and which of its valu
 
 # Largest relative errors of a loss and its gradients on ranks, against the dense form on one.
 BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6}
+
+
+# Where a step runs: what every method on rows must not depend on.
+PLACEMENT = {
+    "zero": [0, 1, 2, 3],
+    "lora": [True, False],
+    "forward": [{}, {"forward_rows": 3}, {"forward_tokens": 30}],
+    "span": ["rank", "world"],
+}
+_TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "dense"]}
+
+
+def lora_of(arch: str) -> dict[str, Any]:
+    """The lora section of a stage that starts from a "llama" or a "bert"."""
+    return {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": _TARGETS[arch]}
 
 
 def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -24,9 +24,10 @@ class Reply(NamedTuple):
     broken_off: bool = False  # half of the body, then the connection is closed
 
 
-def completion(text: str | None, finish: str = "stop", **more: Any) -> Reply:
+def completion(text: str | list[Any] | None, finish: str = "stop", **more: Any) -> Reply:
     """A chat completion; `more` are keys of its message, or usage=None."""
-    usage = {"prompt_tokens": 7, "completion_tokens": len((text or "").split()), "total_tokens": 0}
+    words = text.split() if isinstance(text, str) else text or []
+    usage = {"prompt_tokens": 7, "completion_tokens": len(words), "total_tokens": 0}
     usage = more.pop("usage", usage)
     message = {"role": "assistant", "content": text} | more
     choice = {"index": 0, "message": message, "finish_reason": finish}

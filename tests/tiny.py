@@ -51,6 +51,14 @@ def save_model(folder: Path, kind: str, seed: int = 0, tie: bool = False, width:
     return folder
 
 
+def without_dropout(folder: Path) -> Path:
+    """Sets the dropout of a saved "bert" to 0: each rank draws its own."""
+    config = json.loads((folder / "config.json").read_text())
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config | none))
+    return folder
+
+
 def wordpiece_tokenizer() -> BertTokenizer:
     """BERT's tokenizer ([CLS] text [SEP], lower case) with single characters as its pieces: VOCABULARY tokens."""
     letters = string.ascii_lowercase + string.digits

@@ -16,17 +16,19 @@ from toolkit.data.negatives import known_positives, mining_rows
 from toolkit.data.pair_records import content_hash, read_pairs
 from toolkit.data.records import read_source
 from toolkit.files import expanded, replacing_folder
+from toolkit.models.in_context import InContext, without_context
 from toolkit.prepare.negatives import about_bm25, passages_beside
 from toolkit.ranks.command import exit_code
 from toolkit.ranks.last_words import end
 from toolkit.ranks.roll_call import join_ranks
 from toolkit.ranks.together import on_every_rank, together
-from toolkit.recipe.errors import RecipeError
+from toolkit.recipe.errors import RecipeError, of_flag
 from toolkit.recipe.evaluation import EvalSettings
 from toolkit.recipe.pairs import FolderPairs, mine_problems
 from toolkit.recipe.search import Bm25Mine, MineSettings
 from toolkit.recipe.texts import FolderTexts
 from toolkit.retrieval.bm25 import warn_if_nothing_found
+from toolkit.retrieval.context import in_own_context
 from toolkit.retrieval.embed import checkpoint_digest
 from toolkit.retrieval.mining import bm25_reading, bm25_search, digest_of_all, mine, retriever_search, write_mined
 from toolkit.retrieval.retrievers import load_any
@@ -67,10 +69,12 @@ def _run(arguments: argparse.Namespace) -> None:
     on_rank_zero(lambda: _check_output(arguments.output))
     retriever, reading = None, ""
     if arguments.what != "bm25":
-        retriever = with_settings(load_any(arguments.what, arguments.adapter, changes, device).retriever, changes)
+        loaded = load_any(arguments.what, arguments.adapter, changes, device).retriever
+        retriever = without_context(with_settings(loaded, changes))  # it reads with passages of the pairs
 
     def read() -> Any:
-        records = list(read_pairs(source, Counter()))
+        with of_flag("--pairs"):
+            records = list(read_pairs(source, Counter()))
         if not records:
             raise RecipeError(f"{arguments.pairs}: holds no pair; name rows with queries and positives")
         more = passages_beside(source, None) if arguments.corpus is None else _read_corpus(Path(arguments.corpus))
@@ -99,7 +103,10 @@ def _run(arguments: argparse.Namespace) -> None:
             "checkpoint": on_rank_zero(lambda: checkpoint_digest(retriever)),
             "settings": retriever.settings.model_dump(),
         }
-        search = retriever_search(retriever, rows)
+        reads = in_own_context(retriever, rows.passages, arguments.pairs, arguments.seed)
+        if isinstance(reads.encoder, InContext):
+            about["by"]["context"] = reads.encoder.kept.about
+        search = retriever_search(reads, rows)
     mined = mine(rows, search, settings, arguments.seed, 0)
 
     def write() -> None:
@@ -153,7 +160,8 @@ def _read_corpus(path: Path) -> list[str]:
     if corpus.is_file():
         return list(read_beir_texts(corpus).values())
     source = FolderTexts.model_validate({"folder": str(path)})
-    return [record.texts[0] for record in read_source(source, Counter())]
+    with of_flag("--corpus"):
+        return [record.texts[0] for record in read_source(source, Counter())]
 
 
 def _check_output(folder: Path) -> None:

@@ -55,7 +55,7 @@ def test_rows_of_the_same_query_are_put_together_whatever_source_knows_it(tmp_pa
     assert groups(store, by_id) == [c, a, b]  # sorted by id, as text
     by_text = make_data(made, "query_text", size=3)
     assert groups(make_store(tmp_path / "text", by_text), by_text) == [b, a, c]  # as they came
-    assert store.meta["told"] == {"shared": 1, "repeated": 3, "twice": 0, "unread": 0, "regraded": 1}
+    assert store.meta["told"] == {"shared": 1, "repeated": 3, "twice": 0, "unread": 0, "regraded": 1, "known": 1}
     assert store.meta["known_to"] == [2, 2] and store.meta["rows"] == 3
     alone = make_data(made[:1])
     assert groups(make_store(tmp_path / "alone", alone), alone) == [

@@ -1,5 +1,6 @@
 """Graded rows of every format: what is read, filtered and given a grade, what is counted, and what is refused."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -144,7 +145,10 @@ RUN = "11 Q0 r4 1 9.5 bm25\n11 Q0 r5 2 9.25 bm25\n12 Q0 r8 1 -1e0 bm25\n"
 )
 def test_judgements_in_other_layouts(tmp_path: Path, name: str, text: str, grades: dict):
     (tmp_path / name).write_text(text)
-    found = read(source(published(tmp_path, "real"), "beir", judgements=str(tmp_path / name)))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    folder = published(tmp_path, "real")
+    found = read(source(folder, "beir", judgements=str(tmp_path / name)))
+    assert read(source(folder, "beir", judgements=str(tmp_path / f"{name}.gz"))) == found
     assert {each.query_id: [p.grade for p in each.passages] for each in found} == grades
 
 

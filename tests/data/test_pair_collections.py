@@ -75,7 +75,11 @@ def test_beir_mistakes(tmp_path: Path):
     for path in (folder / "qrels").iterdir():
         path.unlink()
     assert error(folder, "beir") == f"data.sources: {folder} has no qrels/train.tsv; put the judgements there"
-    (folder / "corpus.jsonl").unlink()
+    (folder / "qrels" / "train.tsv.gz").write_bytes(b"")
+    assert "has no qrels/train.tsv; unpack train.tsv.gz there (gunzip), or name it" in error(folder, "beir")
+    (folder / "corpus.jsonl").rename(folder / "corpus.jsonl.gz")
+    assert error(folder, "beir") == f"{folder}/corpus.jsonl.gz: is not read in a BEIR folder; unpack it (gunzip)"
+    (folder / "corpus.jsonl.gz").unlink()
     assert error(folder, "beir") == (
         f"{folder}: corpus.jsonl is missing; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv"
     )

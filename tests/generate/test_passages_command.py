@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 from beir import write_beir
+from distributed import rank_environment
 from markdown_it import MarkdownIt
 from scripted_engine import ScriptedEngine, passage, right
 from sources import folder_source
@@ -21,6 +24,7 @@ from toolkit.generate import order, passages, progress, written
 from toolkit.generate.__main__ import main
 from toolkit.generate.requests import Answer, Request
 from toolkit.recipe.errors import RecipeError
+from toolkit.retrieval import retrievers
 
 Opened = Callable[[ScriptedEngine], ScriptedEngine]
 
@@ -207,6 +211,9 @@ def test_two_commands_in_one_folder(opened, queries: Path, tmp_path: Path, capsy
         ([], "who writes: name --server URL, --batch-file PATH, or --model FOLDER_OR_HUB_ID"),
         (["--batch-file", "b"], "--batch-file: its requests name a model; add --model NAME"),
         (["--model", "m", "--key-variable", "K"], "--key-variable: only a server is given a key"),
+        (["--model", "m", "--request-timeout", "9"], "--request-timeout: only a server is waited for"),
+        (["--server", "http://h/v1", "--request-timeout", "0"], "--request-timeout: 0.0 is no number of seconds"),
+        (["--server", "http://h/v1", "--request-timeout", "nan"], "--request-timeout: nan is no number of seconds"),
         (["--model", "m", "--tokens-per-second", "9"], "--tokens-per-second: only --dry-run reads it"),
         (["--model", "m", "--limit", "0"], "--limit: 0 is no number of queries"),
         (["--model", "m", "--limit", "13"], "--limit: 13 queries are more than the source's 12"),
@@ -215,6 +222,10 @@ def test_two_commands_in_one_folder(opened, queries: Path, tmp_path: Path, capsy
         (["--model", "m", "--top-p", "0"], "--top-p: 0.0 is not above 0"),
         (["--model", "m", "--template", "none.toml"], "none.toml: cannot be read"),
         (["--model", "m", "--check-by", "./none"], "--check-by ./none: is no retriever that says how it embeds"),
+        (
+            ["--model", "m", "--dry-run", "--check-by", "./none"],
+            "--check-by ./none: is no retriever that says how it embeds",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_made(arguments, problem, opened, queries, tmp_path, capsys):
@@ -303,6 +314,27 @@ def test_a_dry_run_asks_and_writes_nothing(opened, queries: Path, tmp_path: Path
     assert "calls: 48 (one-by-one)" in single and "hours: add --tokens-per-second N" in single
     assert not (tmp_path / "out").exists()
     assert run(queries, tmp_path / "out", "--dry-run", "--tokens-per-second", "0") == 2
+
+
+def test_a_search_that_the_hub_does_not_have_is_told_before_anything_is_asked(
+    opened: Opened, queries: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def gone(hub: str, **_: Any) -> str:
+        raise OSError(f"no {hub} there")
+
+    engine = opened(ScriptedEngine())
+    monkeypatch.setattr(retrievers, "snapshot_download", gone)
+    assert run(queries, tmp_path / "out", "--check-by", "owner/mistyped") == 2
+    assert "owner/mistyped: no such folder, not bm25, and as a hub id: " in capsys.readouterr().err
+    monkeypatch.setattr(retrievers, "snapshot_download", lambda *_, **__: str(tmp_path))  # a model, but no retriever
+    assert run(queries, tmp_path / "out", "--check-by", "owner/base") == 2
+    assert "--check-by owner/base: is no retriever that says how it embeds" in capsys.readouterr().err
+    assert engine.asked == [] and not (tmp_path / "out").exists()
+
+
+def test_help_and_mistyped_flags_wait_for_no_heavy_library():
+    code = "import sys, toolkit.generate.__main__; print([name for name in ('torch', 'openai') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], env=rank_environment(), text=True) == "[]\n"
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(opened: Opened, queries: Path, tmp_path: Path, capsys, monkeypatch):

@@ -68,6 +68,17 @@ def test_a_server_with_faults_writes_what_one_without_does(queries: Path, tmp_pa
     assert "was begun with model stub, now other" in capsys.readouterr().err
 
 
+def test_a_slow_server_is_given_the_time_that_the_command_says(queries: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(server, "TRIES", 1)
+    monkeypatch.setattr(server, "GIVEN_UP", 1)
+    with StubServer(lambda body: answer(body)._replace(seconds=1.0)) as stub:
+        assert main(given(queries, tmp_path / "out", "--server", stub.url, "--request-timeout", "0.3")) == 2
+        assert "no answer within 0.3 s; the server is overloaded, or stands still, or is slow: raise --request" in (
+            capsys.readouterr().err
+        )
+        assert main(given(queries, tmp_path / "out", "--server", stub.url, "--request-timeout", "30")) == 0
+
+
 def test_what_a_killed_run_left_may_be_all_too_long(queries: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(server, "FIRST_PAUSE", 0.01)
 

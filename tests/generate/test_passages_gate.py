@@ -60,6 +60,19 @@ def test_no_object_is_no_text_and_no_error(answer: str):
     assert time.process_time() - began < 2
 
 
+@pytest.mark.parametrize("unit", ["{", '{"a":', '{"a":1},', '{"a":1,', '[{"a":', '\\"', '"{', ",", "{}", ", \n"])
+def test_garbage_of_any_length_is_read_in_a_time_that_grows_with_it(unit: str):
+    """A million characters in seconds; each brace that is open at the end once cost all that follows it."""
+    began = time.process_time()
+    assert graded_texts('"' + unit * (1_000_000 // len(unit)), GRADES) == {}
+    assert plain_text(unit * (1_000_000 // len(unit)))
+    assert time.process_time() - began < 5
+
+
+def test_an_odd_quote_before_the_object_is_no_string():
+    assert graded_texts('5" of rain. ' + OBJECT[:-1] + ",}", GRADES) == READ
+
+
 def test_strings_keep_their_commas_braces_and_line_ends():
     texts = {grade: f'a, ] b,}} "{grade}" {{x}},\nnext' for grade in GRADES}
     answer = json.dumps({f"grade_{grade}": text for grade, text in texts.items()})[:-1] + ",}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from distributed import run_python
 
-from toolkit.generate.prompt import FORMS
+from toolkit.generate.flags import FORMS
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ def test_a_malformed_query_is_named_with_file_and_line(line: str, problem: str, 
 
 
 def test_no_queries_are_told_in_one_line(tmp_path: Path):
+    (tmp_path / "q.txt").write_text("a query\n")
+    with pytest.raises(RecipeError, match=r"^--queries: .*q\.txt is no \.jsonl, \.jsonl\.gz or \.parquet file; name"):
+        read_queries(str(tmp_path / "q.txt"), None, None, 1)
     with pytest.raises(RecipeError, match="no such file or folder; name a file of queries"):
         read_queries(str(tmp_path / "none"), None, None, 1)
     with pytest.raises(RecipeError, match="holds no query"):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.generate.prompt import FORMS, read_prompts
+from toolkit.generate.flags import FORMS
+from toolkit.generate.prompt import read_prompts
 from toolkit.generate.template import SHIPPED, fill
 from toolkit.recipe.errors import RecipeError
 

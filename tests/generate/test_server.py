@@ -115,15 +115,19 @@ def test_answers_that_were_cut_refused_or_lack_a_count():
             completion(None, refusal="I will not\nwrite that"),
             completion("no count", usage=None),
             completion(None, "length", reasoning_content="hm"),
+            completion([{"type": "thinking", "text": "hm"}, {"type": "text", "text": "in "}, "parts"]),  # as Mistral's
+            completion([]),
         ]
         engine = server_engine(stub.url, None, SAMPLING)
-        answers = [answer for request in requests(5) for answer in engine.answers([request])]
+        answers = [answer for request in requests(7) for answer in engine.answers([request])]
         assert answers == [
             Answer("r0", "half an", True, 7, 2),
             Answer("r1", "", False, 7, 0, "refused by the content filter"),
             Answer("r2", "", False, 7, 0, "refused by the model: I will not\\nwrite that"),
             Answer("r3", "no count", False, 0, 0),
             Answer("r4", "", True, 7, 0),
+            Answer("r5", "in parts", False, 7, 3),
+            Answer("r6", "", False, 7, 0),
         ]
 
 

@@ -18,7 +18,7 @@ from distributed import REPOSITORY, WORKERS, pooled
 from in_process import start
 from recipe_changes import problems
 from safetensors.torch import load_file
-from tiny import build_objective, save_model, wordpiece_tokenizer
+from tiny import build_objective, save_model, without_dropout, wordpiece_tokenizer
 from torch import Tensor
 
 from toolkit import methods
@@ -61,7 +61,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
     for name, text in FILE.findall(PAGE):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    _without_dropout(save_model(folder / "my_model", "bert"))
+    without_dropout(save_model(folder / "my_model", "bert"))
     write_beir(folder / "my_collection")
     _write_documents(folder / "my_documents")
     recipe = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
@@ -75,14 +75,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
         yield Toy(folder, recipe)
     for module in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
         del sys.modules[module]
-
-
-def _without_dropout(model: Path) -> None:
-    """Each rank draws its own dropout."""
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    )
 
 
 def _write_documents(folder: Path) -> None:

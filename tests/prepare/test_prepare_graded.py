@@ -217,6 +217,17 @@ def test_sources_without_a_common_query_are_a_warning(tmp_path: Path, tokenizer_
     assert warned == "warning: data.join: no query has passages in all 2 sources; do their queries' texts agree?\n"
 
 
+def test_sources_whose_common_queries_lose_their_passages_to_a_filter_are_told_so(
+    tmp_path: Path, tokenizer_folder: Path, capsys
+):
+    one, two = (rows_in(tmp_path / name, [row("q", (name, 1)), row("r", (name, 1))]) for name in ("one", "two"))
+    prepare(make_data([one, two | {"at_least": 2.0}], "query_text", size=1), tokenizer_folder, tmp_path / "run")
+    assert capsys.readouterr().err == (
+        "warning: data.join: no query has passages in all 2 sources; 2 queries are in all, but at_least and below "
+        "leave some source without passages\n"
+    )
+
+
 def test_a_passage_with_two_grades_is_a_warning(tmp_path: Path, tokenizer_folder: Path, capsys):
     found, judged = (rows_in(tmp_path / name, [row("q", ("a", grade))]) for name, grade in (("one", 0), ("two", 1)))
     prepare(make_data([found, judged], "query_text", size=1), tokenizer_folder, tmp_path / "run")

@@ -26,6 +26,8 @@ def beir_splits(folder: Path) -> list[str]:
 def check_parts(folder: Path, parts: tuple[str, ...]) -> None:
     """RecipeError if a part of the layout is missing from a folder."""
     for part in parts:
+        if (packed := folder / f"{part}.gz").exists() and not (folder / part).exists():
+            raise RecipeError(f"{one_line(packed)}: is not read in a BEIR folder; unpack it (gunzip)")
         if not (folder / part).exists():
             raise RecipeError(
                 f"{one_line(folder)}: {part} is missing; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv"

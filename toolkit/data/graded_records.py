@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.beir import read_beir_texts
-from toolkit.data.faults import RowFault, Skipped, leave_out, listed, some_usable
+from toolkit.data.faults import RowFault, Skipped, listed, some_usable
 from toolkit.data.judged import grade_of, id_of, is_run, read_judged
 from toolkit.data.pair_records import first_pairs, pair_files, read_pairs
-from toolkit.data.records import NO_COLUMN, checked_text, kind_of, read_rows
+from toolkit.data.records import NO_COLUMN, checked_text, kind_of, read_rows, usable_rows
 from toolkit.data.stdlib_graded import related_code
 from toolkit.recipe.errors import RecipeError, one_line
 from toolkit.recipe.graded import FolderGraded, GradedSource, HubGraded, StdlibGraded
@@ -103,16 +103,8 @@ def selected(passages: list[Passage], source: GradedSource, counts: Counter[str]
 def _columns(
     source: HubGraded | FolderGraded, counts: Counter[str], skipped: Skipped | None, most: int | None = None
 ) -> Iterator[GradedRow]:
-    for where, row in read_rows(source, graded_columns, counts, skipped, most):
-        try:
-            record = _record(row, counts, where)
-        except RowFault as fault:
-            leave_out(fault, skipped)
-            continue
-        if record is None:
-            counts["empty"] += 1
-        else:
-            yield record
+    rows = read_rows(source, graded_columns, counts, skipped, most)
+    yield from usable_rows(rows, lambda row, where: _record(row, counts, where), counts, skipped)
 
 
 def graded_columns(found: list[str], where: str) -> list[str]:

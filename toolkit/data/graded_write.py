@@ -213,6 +213,7 @@ def _put_together(
             known_to = [count + there for count, there in zip(known_to, known, strict=True)]
             tally.update(_told(sources, text[np.concatenate(of_source)], how))
             tally["regraded"] += sum(other)
+            tally["known"] += all(known)
             grades.update(np.concatenate(grade).tolist())
         graded = numbers.ids
     for name, values in {"query_of_row": kept, "text_of_held": text, "order_of_held": order}.items():

@@ -18,6 +18,7 @@ LAYOUTS = (
     ".tsv (query-id, corpus-id, score below a header), .jsonl ({qid, docid: [...], score: [...]} a line) or TREC's "
     "(query Q0 passage rank score run, or query 0 passage grade)"
 )
+_TSV, _JSONL = (".tsv", ".tsv.gz"), (".jsonl", ".jsonl.gz")
 _JUDGEMENTS, _RUN = _WIDTHS = (4, 6)  # fields of a line of TREC's layouts
 
 
@@ -31,7 +32,7 @@ class Judged(NamedTuple):
 
 
 def read_judged(path: Path, skipped: Skipped | None = None) -> Iterator[Judged]:
-    """The queries of a file of judgements, in its order: .tsv as in qrels/, .jsonl, or TREC's.
+    """The queries of a file of judgements, in its order: .tsv as in qrels/, .jsonl (both perhaps gzipped), or TREC's.
 
     Of .tsv all judgements are held; else one query at a time, whose lines stand together.
 
@@ -42,12 +43,12 @@ def read_judged(path: Path, skipped: Skipped | None = None) -> Iterator[Judged]:
     Raises:
         RecipeError: for such a line, and a file that cannot be read or holds no judgement.
     """
-    if path.suffix == ".tsv":
+    if path.name.endswith(_TSV):
         for query, grades in read_judgements(path, skipped=skipped).items():
             yield Judged(query, list(grades), [float(grade) for grade in grades.values()], f"{path}: query {query}")
         return
     met: set[str] = set()
-    for judged in _lists(path, skipped) if path.name.endswith((".jsonl", ".jsonl.gz")) else _trec(path, skipped):
+    for judged in _lists(path, skipped) if path.name.endswith(_JSONL) else _trec(path, skipped):
         if judged.query in met:
             problem = "has lines further above too; put the lines of a query together"
             leave_out(
@@ -63,7 +64,7 @@ def read_judged(path: Path, skipped: Skipped | None = None) -> Iterator[Judged]:
 
 def is_run(path: Path) -> bool:
     """Whether a file holds what a search found in TREC's layout, whose scores are no grades; by its first such line."""
-    if path.suffix == ".tsv" or path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.name.endswith((*_TSV, *_JSONL)):
         return False
     return next((width for _, line in numbered_lines(path) if (width := len(line.split())) in _WIDTHS), 0) == _RUN
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.beir import beir_splits, check_parts, read_beir_texts, read_judgements
-from toolkit.data.faults import RowFault, Skipped, leave_out, listed, some_usable
+from toolkit.data.faults import RowFault, Skipped, listed, some_usable
 from toolkit.data.hub import hub_dataset
 from toolkit.data.records import (
     NO_COLUMN,
@@ -24,6 +24,7 @@ from toolkit.data.records import (
     kind_of,
     no_column,
     read_rows,
+    usable_rows,
     with_title,
 )
 from toolkit.data.source_files import source_files
@@ -119,6 +120,8 @@ def pair_files(source: FolderSource) -> list[Path]:
     splits = beir_splits(folder)
     if split not in splits:
         fix = f"set split to {' or '.join(splits)}" if splits else "put the judgements there"
+        if (folder / "qrels" / f"{split}.tsv.gz").exists():
+            fix = f"unpack {split}.tsv.gz there (gunzip), or name it as a graded source's judgements"
         raise RecipeError(one_line(f"data.sources: {folder} has no qrels/{split}.tsv; {fix}"))
     return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
 
@@ -206,22 +209,18 @@ def _row_pairs(
 
     first: Layout | None = None
     seen: list[str] = []
-    for where, row in read_rows(source, columns, counts, skipped, most):
-        try:
-            if not isinstance(row, dict):
-                line = f"{where}: a JSON object is needed, found {kind_of(row)}; write one object a line"
-                raise RowFault("no object", line)
-            if first is None or list(row) != seen:
-                first = _same_layout(list(row), first, fields, where)
-                seen = list(row)
-            record = _record(row, first, fields, where)
-        except RowFault as fault:
-            leave_out(fault, skipped)
-            continue
-        if record is None:
-            counts["empty"] += 1
-        else:
-            yield record
+
+    def record(row: Any, where: str) -> PairRecord | None:
+        nonlocal first, seen
+        if not isinstance(row, dict):
+            line = f"{where}: a JSON object is needed, found {kind_of(row)}; write one object a line"
+            raise RowFault("no object", line)
+        if first is None or list(row) != seen:
+            first = _same_layout(list(row), first, fields, where)
+            seen = list(row)
+        return _record(row, first, fields, where)
+
+    yield from usable_rows(read_rows(source, columns, counts, skipped, most), record, counts, skipped)
 
 
 def _same_layout(found: list[str], first: Layout | None, fields: PairFields, where: str) -> Layout:

@@ -273,12 +273,7 @@ def collate_pairs(
             its own: [queries, s] and [documents, s].
     """
     query = store.query_of_row[rows]
-    number = np.full((len(rows), positives + negatives), -1, dtype=np.int64)
-    for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
-        positive = _drawn(store.positives[row], positives, "positive", seed, pool, place)
-        negative = _drawn(store.negatives[row], negatives, "negative", seed, pool, place)
-        number[i, : len(positive)] = positive
-        number[i, positives : positives + len(negative)] = negative
+    number = document_numbers(store, rows, pool, places, positives=positives, negatives=negatives, seed=seed)
     key = np.where(number < 0, -1, store.document_key[number])
     known = [store.document_key[store.known[number]] for number in query.tolist()]
     known_key = np.full((len(rows), max(map(len, known))), -1, dtype=np.int64)
@@ -297,6 +292,19 @@ def collate_pairs(
         surrogate_query=own[0] if own else None,
         surrogate_document=own[1] if own else None,
     )
+
+
+def document_numbers(
+    store: PairStore, rows: np.ndarray, pool: int, places: np.ndarray, *, positives: int, negatives: int, seed: int
+) -> np.ndarray:
+    """The documents of rows of a pool, int64 [rows, positives + negatives], -1 where absent; args as collate_pairs."""
+    number = np.full((len(rows), positives + negatives), -1, dtype=np.int64)
+    for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
+        positive = _drawn(store.positives[row], positives, "positive", seed, pool, place)
+        negative = _drawn(store.negatives[row], negatives, "negative", seed, pool, place)
+        number[i, : len(positive)] = positive
+        number[i, positives : positives + len(negative)] = negative
+    return number
 
 
 def _drawn(numbers: np.ndarray, slots: int, *key: int | str) -> np.ndarray:

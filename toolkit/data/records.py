@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,20 +70,16 @@ def _records(
         return text_columns(source)
 
     size = None
-    for where, row in read_rows(source, columns, counts, skipped, most):
-        try:
-            if source.format == "groups":
-                record = _group(row, size, source, where)
-                size = size or (record and len(record.texts))
-            else:
-                record = _single(row, source, where)
-        except RowFault as fault:
-            leave_out(fault, skipped)
-            continue
-        if record is None:
-            counts["empty"] += 1
-        else:
-            yield record
+
+    def record(row: Any, where: str) -> Record | None:
+        nonlocal size
+        if source.format != "groups":
+            return _single(row, source, where)
+        group = _group(row, size, source, where)
+        size = size or (group and len(group.texts))
+        return group
+
+    yield from usable_rows(read_rows(source, columns, counts, skipped, most), record, counts, skipped)
 
 
 def check_group_sizes(sizes: dict[int, str]) -> None:
@@ -136,6 +132,25 @@ def read_rows(
         dataset = hub_dataset(source) if most is None else first_of_hub(source, most)
         return _hub_rows(source, dataset, columns, counts)
     return _folder_rows(source, columns, counts, skipped, most)
+
+
+Read = TypeVar("Read")
+
+
+def usable_rows(
+    rows: Rows, read: Callable[[Any, str], Read | None], counts: Counter[str], skipped: Skipped | None
+) -> Iterator[Read]:
+    """What `read` makes of each row and its place; None adds to counts["empty"], a RowFault is left out or raised."""
+    for where, row in rows:
+        try:
+            found = read(row, where)
+        except RowFault as fault:
+            leave_out(fault, skipped)
+            continue
+        if found is None:
+            counts["empty"] += 1
+        else:
+            yield found
 
 
 def _folder_rows(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.files import replace_text
+from toolkit.recipe.context import ContextSettings
 from toolkit.recipe.models import EncoderSettings
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "sentence-transformers")
@@ -23,6 +24,7 @@ def model_card(
     base: str,
     adapter: bool,
     loader: str = "AutoModel",
+    context: ContextSettings | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -35,6 +37,7 @@ def model_card(
         base: folder or hub id of the model it was trained from.
         adapter: whether the folder holds an adapter or full weights.
         loader: class of transformers that reads it.
+        context: how a retriever in two stages reads its context; None for any other.
     """
     parts = [
         _front_matter(card, base, adapter),
@@ -42,7 +45,9 @@ def model_card(
         "A dense retriever: it turns a query or a passage into one vector; "
         f"{'their cosine' if settings.normalize else 'their inner product'} says how well they match.\n",
         _facts(card, options["dtype"], base, adapter),
-        _loading(folder, base, options, adapter, loader),
+        _loading(folder, base, options, adapter, loader)
+        if context is None
+        else _loading_with_context(folder, base, context),
         _settings(settings),
     ]
     return "\n".join(parts)
@@ -132,6 +137,38 @@ def _loading(folder: Path, base: str, options: dict[str, Any], adapter: bool, lo
             "Evaluate it on a folder in BEIR layout or an mteb retrieval task:\n",
             "```",
             f"python -m eval.run {folder} --suite FOLDER_OR_NAME",
+            "```\n",
+        ]
+    )
+
+
+def _loading_with_context(folder: Path, base: str, context: ContextSettings) -> str:
+    documents, place = context.size // context.vectors_per_document, json.dumps(str(folder))
+    return "\n".join(
+        [
+            "## How to load it\n",
+            f"Texts are read with a context: vectors of {documents:,} documents of the collection that is searched, "
+            "the same for its queries and its passages. They may be drawn from it with replacement. Without a context "
+            "null vectors stand in its place.\n",
+            "With sentence-transformers, and this toolkit installed (prefixes, pooling and normalisation are set):\n",
+            "```python",
+            "import random",
+            "",
+            "from toolkit.retrieval.sentence_module import sentence_transformer",
+            "",
+            f"model = sentence_transformer({place})",
+            "collection = [...]  # the texts of all passages",
+            "model[0].set_context(random.choices(collection, k=model[0].context_documents))",
+            'queries = model.encode_query(["how do I open a file"])',
+            'passages = model.encode_document(["open(path) returns a file object"])',
+            "model[0].write_context()  # into this folder, which is then loaded with it",
+            "```\n",
+            f"`SentenceTransformer({place}, trust_remote_code=True)` loads the same: sentence-transformers asks for "
+            "that flag where a class is not its own. The class is the toolkit's; this folder holds no code.\n",
+            f"The base is `{base}`. The first stage, which reads the context documents, lies in `first/`.\n",
+            "Evaluate it on a folder in BEIR layout or an mteb retrieval task, with context and without:\n",
+            "```",
+            f"python -m eval.run {folder} --suite FOLDER_OR_NAME --context corpus --context none",
             "```\n",
         ]
     )

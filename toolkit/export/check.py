@@ -16,20 +16,25 @@ from safetensors.numpy import load_file, save_file
 
 from toolkit.export.write import read_record, write_record
 
+KINDS = ("query", "passage")
 COSINE_LIMITS = {"bf16": 1e-3, "fp32": 1e-5, "fp64": 1e-5}
 NORM_LIMITS = {"bf16": 1e-2, "fp32": 1e-5, "fp64": 1e-5}  # relative; without normalisation only
 LAUNCH_PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "SLURM_")
 LAUNCH_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def check_export(folder: Path, texts: list[str], live: dict[str, np.ndarray], device: str) -> dict[str, float]:
+def check_export(
+    folder: Path, texts: list[str], live: dict[str, np.ndarray], device: str, context: list[str] | None = None
+) -> dict[str, float]:
     """Compare a fresh process's vectors from an export with the live model's, and write the figures to export.json.
 
     Args:
         folder: the export; its merged/ folder, if there is one, is checked too.
         texts: encoded both as queries and as passages.
-        live: "query" and "passage" -> [texts, dim], from the model that was exported.
+        live: "query" and "passage" -> [texts, dim], from the model that was exported; of a retriever in two stages
+            these are without context, and "query_in_context" and "passage_in_context" with that of `context`.
         device: where the fresh process computes.
+        context: documents, as many as the retriever reads; None for one that reads none.
 
     Returns:
         Largest cosine distance per kind ("query", "passage", "merged_query", "merged_passage"), and the largest
@@ -41,7 +46,7 @@ def check_export(folder: Path, texts: list[str], live: dict[str, np.ndarray], de
     record = read_record(folder)
     folders = [folder] + [path for path in [folder / "merged"] if path.is_dir()]
     figures: dict[str, float] = {}
-    for prefix, loaded in zip(("", "merged_"), encode_in_fresh_process(folders, texts, device), strict=False):
+    for prefix, loaded in zip(("", "merged_"), encode_in_fresh_process(folders, texts, device, context), strict=False):
         for kind, vectors in live.items():
             distance, norm = compare(vectors, loaded[kind])
             figures[prefix + kind] = distance
@@ -68,13 +73,16 @@ def compare(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float((1 - cosine).max().clip(min=0)), float(np.abs(norm_b / norm_a - 1).max())
 
 
-def encode_in_fresh_process(folders: list[Path], texts: list[str], device: str) -> list[dict[str, np.ndarray]]:
-    """Vectors of the texts as "query" and "passage" from each folder, by sentence-transformers in one new process."""
+def encode_in_fresh_process(
+    folders: list[Path], texts: list[str], device: str, context: list[str] | None = None
+) -> list[dict[str, np.ndarray]]:
+    """Vectors of the texts from each folder, by sentence-transformers in one new process; kinds as check_export's."""
     launched = {name for name in os.environ if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES)}
     environment = {name: value for name, value in os.environ.items() if name not in launched}
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "vectors.safetensors")
         content = {"folders": [str(path) for path in folders], "texts": texts, "device": device, "answer": str(answer)}
+        content["context"] = context
         request.write_text(json.dumps(content), encoding="utf-8")
         process = subprocess.run(
             [sys.executable, "-m", "toolkit.export.check", str(request)],
@@ -87,20 +95,30 @@ def encode_in_fresh_process(folders: list[Path], texts: list[str], device: str) 
             last = "\n".join(process.stderr.strip().splitlines()[-5:])
             raise ValueError(f"{folders[0]}: a fresh process cannot load the export:\n{last}")
         arrays = load_file(answer)
-    return [{kind: arrays[f"{i}.{kind}"] for kind in ("query", "passage")} for i in range(len(folders))]
+    kinds = [*KINDS, *(f"{kind}_in_context" for kind in KINDS if context is not None)]
+    return [{kind: arrays[f"{i}.{kind}"] for kind in kinds} for i in range(len(folders))]
 
 
 def _answer(request: dict[str, Any]) -> None:
     # imported here: it takes seconds, and only the fresh process needs it
     from sentence_transformers import SentenceTransformer
 
-    arrays = {}
+    arrays, context = {}, request["context"]
     for i, folder in enumerate(request["folders"]):
         model = SentenceTransformer(
-            folder, device=request["device"], local_files_only=True, model_kwargs={"use_safetensors": True}
+            folder,
+            device=request["device"],
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
+            trust_remote_code=context is not None,  # of this package's own class, which is in no folder
         )
-        arrays[f"{i}.query"] = model.encode_query(request["texts"], batch_size=8, show_progress_bar=False)
-        arrays[f"{i}.passage"] = model.encode_document(request["texts"], batch_size=8, show_progress_bar=False)
+        for suffix in ("", "_in_context")[: 1 if context is None else 2]:
+            if suffix:
+                module: Any = model[0]
+                module.set_context(context)
+            given = {"batch_size": 8, "show_progress_bar": False}
+            arrays[f"{i}.query{suffix}"] = model.encode_query(request["texts"], **given)
+            arrays[f"{i}.passage{suffix}"] = model.encode_document(request["texts"], **given)
     save_file(arrays, request["answer"])
 
 

@@ -15,15 +15,38 @@ from toolkit.data.tokens import frame
 from toolkit.models.pooling import POOLING_MODES
 from toolkit.recipe.models import EncoderSettings
 
+CONTEXTUAL = "toolkit.retrieval.sentence_module.ContextualRetriever"
+"""The class that sentence-transformers loads for a contextual retriever; it is this package's, not the folder's."""
+
 
 def write_layout(
-    folder: Path, settings: EncoderSettings, tokenizer: Any, hidden_size: int, options: dict[str, Any]
+    folder: Path,
+    settings: EncoderSettings,
+    tokenizer: Any,
+    hidden_size: int,
+    options: dict[str, Any],
+    contextual: bool = False,
 ) -> None:
     """The files of sentence-transformers (layout of version 5 and later).
 
-    `options` are those of AutoModel; without dtype an adapter's base would load in the number format of its own config.
+    Args:
+        options: those of AutoModel; without dtype an adapter's base would load in the number format of its own config.
+        contextual: the folder is one module, CONTEXTUAL, which reads its files itself.
     """
     tokenizer.save_pretrained(folder)
+    prompts = {"query": settings.query_prefix} | dict.fromkeys(("document", "passage"), settings.passage_prefix)
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if settings.normalize else "dot",
+        },
+    )
+    if contextual:
+        _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": CONTEXTUAL}])
+        return
     name = "sentence_transformers.{}".format
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": name("base.modules.transformer.Transformer")},
@@ -51,16 +74,6 @@ def write_layout(
             "module_output_name": "token_embeddings",
             "max_seq_length": settings.eval_max_tokens,
             "model_kwargs": options,
-        },
-    )
-    prompts = {"query": settings.query_prefix} | dict.fromkeys(("document", "passage"), settings.passage_prefix)
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "prompts": prompts,
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if settings.normalize else "dot",
         },
     )
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -22,16 +22,28 @@ from toolkit.export.card import model_card
 from toolkit.export.sentence_layout import retriever_tokenizer, without_limits, write_layout
 from toolkit.files import replace_text, replacing_folder
 from toolkit.models.backbone import DTYPES, headless, headless_class, load_adapted, load_encoder_backbone
+from toolkit.models.contextual import ContextualEncoder
+from toolkit.models.contextual_files import FIRST_FOLDER, is_contextual, load_contextual, write_context
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import ADAPTER_WEIGHTS
+from toolkit.models.in_context import KEPT, in_context, read_vectors
 from toolkit.models.places import ModelSource, base_of_adapter
-from toolkit.models.retriever import Retriever
+from toolkit.models.retriever import First, Retriever
 from toolkit.models.sentence_settings import truncate_dim
+from toolkit.models.two_adapters import FIRST
 from toolkit.models.vocabulary import model_tokenizer
 from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.models import EncoderSettings
 
 SHARD_SIZE = "5GB"  # largest weights file of a full model; the hub's usual size
+
+
+class ContextualParts(NamedTuple):
+    """What a retriever in two stages has besides the second stage's backbone."""
+
+    encoder: ContextualEncoder  # gives the structure only
+    state: dict[str, Tensor]  # gathered weights under the names of the encoder, the backbone's among them
+    tokenizer: Path | None  # where that of a first stage with a model of its own lies
 
 
 def write_export(
@@ -46,6 +58,7 @@ def write_export(
     merged: bool,
     card: dict[str, Any],
     causal_lm: tuple[nn.Module, dict[str, Tensor]] | None = None,
+    contextual: ContextualParts | None = None,
 ) -> None:
     """Write a retriever in sentence-transformers layout; only rank 0 calls it.
 
@@ -61,6 +74,7 @@ def write_export(
             itself holds the full weights.
         card: what the training loop knows of the run (keys: model_card.model_card).
         causal_lm: with its head and its weights, as `state`; written to folder/lm with the tokenizer as it is.
+        contextual: of a retriever in two stages, what it has besides.
 
     Raises:
         ValueError: if `state` does not hold exactly the weights to write.
@@ -73,15 +87,19 @@ def write_export(
     options = {"dtype": str(dtype).removeprefix("torch."), **headless(plain.config)}
 
     def describe(part: Path, place: Path, adapter: bool) -> None:
-        write_layout(part, settings, retriever_side, plain.config.hidden_size, options)
-        text = model_card(place, card, settings, options, base_name, adapter, headless_class(plain.config).__name__)
+        write_layout(part, settings, retriever_side, plain.config.hidden_size, options, contextual is not None)
+        if contextual is not None:
+            _write_two_stages(part, backbone, contextual, base_name, dtype)
+        loader = headless_class(plain.config).__name__
+        context = None if contextual is None else contextual.encoder.settings
+        text = model_card(place, card, settings, options, base_name, adapter, loader, context)
         (part / "README.md").write_text(text, encoding="utf-8")
         record = {"settings": settings.model_dump(), "dtype": dtype_name(dtype), "base": base_name}
         write_record(part, record | {"weights_sha256": _digest(part)})
 
     with replacing_folder(folder) as work:
         if adapted:
-            _write_adapter(work, backbone, state, base_name, dtype)
+            _write_adapter(work, backbone, state, base_name, dtype, "default")
         else:
             _write_model(work, backbone, state, dtype)
         describe(work, folder, adapter=adapted)
@@ -116,8 +134,25 @@ def load_export(folder: Path, device: torch.device | str) -> Retriever:
     else:
         backbone = load_encoder_backbone(folder, dtype, device)
     config: Any = backbone.config
+    tokenizer = model_tokenizer(folder, config)
+    if is_contextual(folder):
+        identity = record["weights_sha256"][:16]
+        return _in_two_stages(folder, Retriever(Encoder(backbone, "", False), tokenizer, settings), identity)
     encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim).eval()
-    return Retriever(encoder, model_tokenizer(folder, config), settings)
+    return Retriever(encoder, tokenizer, settings)
+
+
+def _in_two_stages(folder: Path, plain: Retriever, identity: str) -> Retriever:
+    """The retriever of a folder around its backbone, with the context that lies there, if one does."""
+    settings, weight = plain.settings, next(plain.encoder.parameters())
+    encoder = load_contextual(
+        folder, plain.encoder.backbone, settings.pooling, settings.normalize, weight.dtype, weight.device
+    )
+    encoder.truncate_dim = settings.truncate_dim
+    own = None if encoder.first_backbone is None else model_tokenizer(folder / FIRST_FOLDER)
+    retriever = Retriever(encoder, plain.tokenizer, settings, First(own or plain.tokenizer, identity))
+    kept = folder / KEPT
+    return in_context(retriever, read_vectors(kept, retriever)) if kept.is_file() else retriever
 
 
 def read_settings(folder: Path) -> EncoderSettings:
@@ -155,13 +190,34 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     replace_text(folder / "export.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_adapter(folder: Path, backbone: PeftModel, state: dict[str, Tensor], base: str, dtype: torch.dtype) -> None:
+def _write_two_stages(folder: Path, backbone: nn.Module, parts: ContextualParts, base: str, dtype: torch.dtype) -> None:
+    """What is no backbone's, and below the folder the first stage: its adapter, or its model and tokenizer."""
+    encoder, state, tokenizer = parts
+    write_context(folder, encoder, state, dtype)
+    first = folder / FIRST_FOLDER
+    first.mkdir()
+    if encoder.first_backbone is None:
+        assert isinstance(backbone, PeftModel)
+        below = {name.removeprefix("backbone."): weight for name, weight in state.items()}
+        _write_adapter(first, backbone, below, base, dtype, FIRST)
+        return
+    assert tokenizer is not None
+    start = "first_backbone."
+    below = {name.removeprefix(start): weight for name, weight in state.items() if name.startswith(start)}
+    _write_model(first, encoder.first_backbone, below, dtype)
+    without_limits(model_tokenizer(tokenizer)).save_pretrained(first)
+
+
+def _write_adapter(
+    folder: Path, backbone: PeftModel, state: dict[str, Tensor], base: str, dtype: torch.dtype, name: str
+) -> None:
     # save_embedding_layers="auto" would ask the hub for the base's config
-    expected = get_peft_model_state_dict(backbone, dict(backbone.named_parameters()), save_embedding_layers=False)
-    weights = get_peft_model_state_dict(backbone, dict(state), save_embedding_layers=False)
+    which: Any = {"adapter_name": name, "save_embedding_layers": False}
+    expected = get_peft_model_state_dict(backbone, dict(backbone.named_parameters()), **which)
+    weights = get_peft_model_state_dict(backbone, dict(state), **which)
     _check_names(expected, weights)
     save_file(_on_cpu(weights, dtype), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.copy(backbone.peft_config["default"])
+    config = copy.copy(backbone.peft_config[name])
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
@@ -214,9 +270,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 over the weights files of a folder in the order of their names."""
+    """SHA-256 over the weights files of a folder in the order of their names, then those of a first stage."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (*sorted(folder.glob("*.safetensors")), *sorted(folder.glob(f"{FIRST_FOLDER}/*.safetensors"))):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)

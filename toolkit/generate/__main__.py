@@ -7,10 +7,7 @@ import argparse
 from pathlib import Path
 
 from toolkit.generate.asking import Unanswered
-from toolkit.generate.engines import add_engine_flags
-from toolkit.generate.passages import passages
-from toolkit.generate.prompt import FORMS
-from toolkit.ranks.command import exit_code
+from toolkit.generate.flags import FORMS, add_engine_flags
 from toolkit.ranks.last_words import end, is_first_rank, tell
 
 INTERRUPTED, WAITING = 130, 4
@@ -27,6 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     _add_passages(commands.add_parser("passages", help="for queries, passages of the grades 3, 2, 1 and 0"))
     arguments = parser.parse_args(argv)
     try:
+        # Here, since torch takes seconds that --help and a mistyped flag need not.
+        from toolkit.generate.passages import passages
+        from toolkit.ranks.command import exit_code
+
         return exit_code(lambda: passages(arguments))
     except Unanswered as error:
         print(f"waiting: {error.args[0]:,} requests have no answer yet; give the same command again when they have one")

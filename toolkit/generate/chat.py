@@ -10,6 +10,7 @@ from toolkit.recipe.errors import one_line
 
 FORMS = ("json_schema", "json_object", "none")
 """How a server is told that the answer is JSON, the strictest first."""
+_TEXT_PARTS = ("text", "output_text")  # of a message; others are thoughts, refusals, sound
 _MOST_TOKENS = 10**9  # of one call; whoever says more counts something else
 
 
@@ -42,19 +43,27 @@ def read_completion(name: str, completion: Any) -> Answer:
     try:
         choice = completion["choices"][0]
         message, ended = choice["message"], choice.get("finish_reason")
-        text, refusal = message.get("content") or "", message.get("refusal")
+        text, refusal = _content(message.get("content")), message.get("refusal")
         usage = completion.get("usage") or {}
         prompt, tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
     except (LookupError, TypeError, AttributeError):
         raise ValueError("is no chat completion") from None
-    if not isinstance(text, str):
-        raise ValueError("is no chat completion")
     failed = ""
     if ended == "content_filter":
         failed = "refused by the content filter"
     elif refusal and not text:
         failed = f"refused by the model: {one_line(refusal, 200)}"
     return Answer(name, text, ended == "length", prompt, tokens, failed)
+
+
+def _content(content: Any) -> str:
+    """The text of a message, null as the empty text, or of its parts that are text; TypeError for anything else."""
+    if isinstance(content, list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        return "".join(part["text"] for part in parts if part.get("type", "text") in _TEXT_PARTS)
+    if content is not None and not isinstance(content, str):
+        raise TypeError
+    return content or ""
 
 
 def _count(said: Any) -> int:

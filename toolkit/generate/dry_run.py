@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from toolkit.files import expanded
 from toolkit.generate.estimate import TOKENS_PER_SENTENCE, token_counter, total
-from toolkit.generate.prompt import GRADES, TOGETHER, Prompts, attributes_of, single_request, together_request
+from toolkit.generate.flags import TOGETHER
+from toolkit.generate.prompt import GRADES, Prompts, attributes_of, single_request, together_request
 from toolkit.generate.queries import Queries, Query
 from toolkit.generate.requests import Request, Sampling
 from toolkit.recipe.errors import RecipeError

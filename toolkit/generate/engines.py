@@ -4,70 +4,14 @@ Called by every kind of generation.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
-from toolkit.files import expanded
 from toolkit.generate.batch_file import batch_engine
-from toolkit.generate.local_model import local_engine
+from toolkit.generate.flags import REQUEST_SECONDS
 from toolkit.generate.requests import Engine, Sampling
 from toolkit.generate.server import server_engine
 from toolkit.ranks.last_words import is_first_rank, notice
-from toolkit.recipe.errors import RecipeError
-
-
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the engine and of the sampling to a command."""
-    group = parser.add_argument_group("who writes (one of --server, --batch-file, or --model alone)")
-    group.add_argument("--server", metavar="URL", help="an OpenAI-compatible chat server, as http://host:8000/v1")
-    batch = "a folder: requests are written there in the OpenAI batch format, and answers read from there"
-    group.add_argument("--batch-file", type=Path, metavar="PATH", help=batch)
-    model = "alone: a model in this process, a folder or hub id; with --server or --batch-file: the name it is asked by"
-    group.add_argument("--model", metavar="NAME", help=model)
-    key = "environment variable with the server's key (default: OPENAI_API_KEY, if it is set)"
-    group.add_argument("--key-variable", metavar="NAME", help=key)
-    sampling = parser.add_argument_group("how answers are drawn")
-    sampling.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default: 0.8")
-    sampling.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default: 0.95")
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="of an answer, at most; default: by the form")
-
-
-def check_engine_flags(arguments: argparse.Namespace) -> None:
-    """RecipeError for no engine, two of them, or a flag that says nothing to the one that is named."""
-    if arguments.server is not None and arguments.batch_file is not None:
-        raise RecipeError("--server and --batch-file: name one of them")
-    if arguments.server is None and arguments.batch_file is None and arguments.model is None:
-        raise RecipeError("who writes: name --server URL, --batch-file PATH, or --model FOLDER_OR_HUB_ID")
-    if arguments.batch_file is not None and arguments.model is None:
-        raise RecipeError("--batch-file: its requests name a model; add --model NAME, as its server will know it")
-    if arguments.key_variable is not None and arguments.server is None:
-        raise RecipeError("--key-variable: only a server is given a key; add --server, or leave it out")
-
-
-def sampling_of(arguments: argparse.Namespace, most_tokens: int) -> Sampling:
-    """The sampling that the flags name; RecipeError for numbers that cannot be.
-
-    Args:
-        most_tokens: of an answer, where no flag says so.
-    """
-    tokens = most_tokens if arguments.max_tokens is None else arguments.max_tokens
-    if tokens < 1:
-        raise RecipeError(f"--max-tokens: {tokens} leaves no room for an answer; write 1 or more")
-    if not 0 <= arguments.temperature <= 2:
-        raise RecipeError(f"--temperature: {arguments.temperature} is not between 0 and 2")
-    if not 0 < arguments.top_p <= 1:
-        raise RecipeError(f"--top-p: {arguments.top_p} is not above 0 and at most 1")
-    return Sampling(tokens, arguments.temperature, arguments.top_p)
-
-
-def model_asked_for(arguments: argparse.Namespace) -> str | None:
-    """The model as the command names it, a folder by its whole path; None where the server is to say it."""
-    if arguments.model is None:
-        return None
-    folder = expanded(arguments.model)
-    local = arguments.server is None and arguments.batch_file is None and folder.is_dir()
-    return str(folder.resolve()) if local else arguments.model
 
 
 def open_engine(arguments: argparse.Namespace, sampling: Sampling, device: torch.device, succeeded: bool) -> Engine:
@@ -80,10 +24,18 @@ def open_engine(arguments: argparse.Namespace, sampling: Sampling, device: torch
         RecipeError: if it cannot be reached or loaded.
     """
     if arguments.server is not None:
-        key = arguments.key_variable
-        return server_engine(arguments.server, arguments.model, sampling, key_variable=key, succeeded=succeeded)
+        return server_engine(
+            arguments.server,
+            arguments.model,
+            sampling,
+            key_variable=arguments.key_variable,
+            succeeded=succeeded,
+            timeout=REQUEST_SECONDS if arguments.request_timeout is None else arguments.request_timeout,
+        )
     if arguments.batch_file is not None:
         return batch_engine(arguments.batch_file, arguments.model, sampling)
+    from toolkit.generate.local_model import local_engine  # seconds, which the other engines need not
+
     if is_first_rank():
         notice(f"--model {arguments.model}: is being loaded")  # which takes minutes for a large one
     return local_engine(arguments.model, sampling, device, succeeded=succeeded)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import AutoTokenizer
-
 from toolkit.generate.requests import Request
 from toolkit.recipe.errors import RecipeError
 
@@ -34,6 +32,8 @@ def token_counter(model: Path | None) -> tuple[Callable[[Request], int], str]:
     if model is None:
         rule = f"{CHARACTERS_PER_TOKEN} characters a token and {_FRAME} a call"
         return lambda request: _FRAME + len(request.system + request.user) // CHARACTERS_PER_TOKEN, rule
+    from transformers import AutoTokenizer  # seconds, where there is a tokenizer at hand
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

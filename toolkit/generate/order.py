@@ -3,6 +3,7 @@
 Called by the command that writes passages. A low figure can mean bad passages or a bad search; see docs/generation.md.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +13,10 @@ from scipy.stats import bootstrap, kendalltau
 from toolkit.files import expanded
 from toolkit.generate.graded_files import Sampled
 from toolkit.generate.prompt import GRADES
+from toolkit.ranks.together import on_every_rank
 from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.evaluation import EvalSettings
 from toolkit.retrieval.bm25 import bm25_index, bm25_scores
-from toolkit.retrieval.embed import embed_texts
-from toolkit.retrieval.retrievers import load_any
 from toolkit.retrieval.words import reading_of
 
 BM25 = "bm25"
@@ -66,11 +66,30 @@ def _tau(scores: np.ndarray) -> float:
 
 
 def check_search(what: str) -> None:
-    """RecipeError for what cannot be a search; that a retriever can be loaded is seen only when it is used."""
+    """RecipeError for what cannot be a search; the hub is not asked for what may be an id there."""
     folder = expanded(what)
-    named = what == BM25 or (folder.is_dir() and any((folder / name).is_file() for name in _RETRIEVERS))
     hub_id = not folder.exists() and not what.startswith((".", "~", "/")) and what.count("/") < 2
-    if not named and not hub_id:
+    if what != BM25 and not hub_id:
+        _check_retriever(what, folder)
+
+
+def find_search(what: str) -> None:
+    """Fetch a retriever that the hub has, before anything is asked; every rank calls it.
+
+    Raises:
+        RecipeError: for what is neither there nor on the hub, and for a model that does not say how it embeds. Damaged
+            weights are seen only when it is used.
+    """
+    if what == BM25:
+        return
+    from toolkit.retrieval.retrievers import find_retriever  # seconds, which BM25 alone need not
+
+    folder = find_retriever(what)
+    on_every_rank(lambda: _check_retriever(what, folder))
+
+
+def _check_retriever(what: str, folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _RETRIEVERS):
         fix = "name an export, a sentence-transformers model or bm25"
         raise RecipeError(f"--check-by {what}: is no retriever that says how it embeds; {fix}")
 
@@ -97,6 +116,9 @@ def retriever_of(what: str, sampled: list[Sampled], device: torch.device) -> np.
     Raises:
         RecipeError: for what is no retriever.
     """
+    from toolkit.retrieval.embed import embed_texts  # as in find_search
+    from toolkit.retrieval.retrievers import load_any
+
     retriever = load_any(what, None, EvalSettings.model_validate({}), device).retriever
     queries = embed_texts(retriever, [one.query.text for one in sampled], "query")
     passages = embed_texts(retriever, [text for one in sampled for text in one.texts()], "passage")

@@ -6,13 +6,16 @@ Called by the tasks. Nothing here raises for an answer, however odd it is.
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 _KEY = re.compile(r"(?:grade|passage)?[\s_-]*([0-9])", re.IGNORECASE)
-_STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+")|,(?=\s*[}\]])', re.DOTALL)
+_STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+"|\\.)|,(?=\s*[}\]])', re.DOTALL)
 _FENCE = re.compile(r"^```[\w-]*[ \t]*\n(.*?)\n?```\s*$", re.DOTALL)
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)|^.*</think>", re.DOTALL)
 _QUOTES = (('"', '"'), ("\u201c", "\u201d"))
+_MOST_BRACES = 1000
+"""Opening braces of an answer that are tried; each costs the length of the answer, if nothing closes it."""
 _DECODER = json.JSONDecoder(strict=False)  # line ends inside strings are let through
 
 
@@ -50,15 +53,12 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Every JSON object that can be read from the text, those inside others too, as it is or without odd commas."""
     for version in (text, _STRING_OR_COMMA.sub(lambda match: match[1] or "", text)):
         some = False
-        place = version.find("{")
-        while place >= 0:
+        for brace in islice(re.finditer(r"\{", version), _MOST_BRACES):
             try:
-                value, _ = _DECODER.raw_decode(version, place)
+                value, _ = _DECODER.raw_decode(version, brace.start())
             except (ValueError, RecursionError):
-                value = None
-            if isinstance(value, dict):
-                some = True
-                yield value
-            place = version.find("{", place + 1)
+                continue
+            some = True
+            yield value
         if some:
             return

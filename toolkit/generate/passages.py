@@ -14,11 +14,12 @@ import torch
 from toolkit.collectives import rank, world_size
 from toolkit.generate.asking import ask
 from toolkit.generate.dry_run import dry_run
-from toolkit.generate.engines import check_engine_flags, model_asked_for, open_engine, sampling_of
+from toolkit.generate.engines import open_engine
+from toolkit.generate.flags import TOGETHER, check_engine_flags, model_asked_for, sampling_of
 from toolkit.generate.graded_files import RECORD, REPORT, Sampled, sample, write_files
-from toolkit.generate.order import BM25, Order, bm25_of, check_search, order_of, retriever_of
+from toolkit.generate.order import BM25, Order, bm25_of, check_search, find_search, order_of, retriever_of
 from toolkit.generate.progress import Progress
-from toolkit.generate.prompt import TOGETHER, Prompts, read_prompts
+from toolkit.generate.prompt import Prompts, read_prompts
 from toolkit.generate.queries import Queries, read_queries
 from toolkit.generate.report import Report, write_report
 from toolkit.generate.requests import Engine, Sampling
@@ -58,6 +59,8 @@ def passages(arguments: argparse.Namespace) -> None:
         raise RecipeError("--tokens-per-second: only --dry-run reads it; leave it out")
     if arguments.limit is not None and arguments.limit < 1:
         raise RecipeError(f"--limit: {arguments.limit} is no number of queries; write 1 or more")
+    for check in arguments.check_by or []:
+        check_search(check)
     if arguments.dry_run:
         if is_first_rank():
             dry_run(arguments, *_asked(arguments))
@@ -66,6 +69,8 @@ def passages(arguments: argparse.Namespace) -> None:
     if world_size() > 1 and (arguments.server is not None or arguments.batch_file is not None):
         raise RecipeError("only --model alone is shared out over ranks; start this without a launcher, as one process")
     job = on_every_rank(lambda: _job(arguments))
+    for check in job.checks:
+        find_search(check)
     with ExitStack() as stack:
         together(lambda: stack.enter_context(held(job.output)))
         session = together(lambda: _begin(job, arguments))
@@ -80,8 +85,6 @@ def _asked(arguments: argparse.Namespace) -> tuple[Queries, Prompts, Sampling]:
 
 
 def _job(arguments: argparse.Namespace) -> Job:
-    for check in arguments.check_by or []:
-        check_search(check)
     queries, prompts, sampling = _asked(arguments)
     begun = {
         "command": "passages",

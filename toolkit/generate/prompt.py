@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from toolkit.data.lines import numbered_lines, parsed
 from toolkit.data.records import check_encodable
 from toolkit.determinism import generator
+from toolkit.generate.flags import FORMS, ONE_BY_ONE, TOGETHER
 from toolkit.generate.queries import Query
 from toolkit.generate.requests import Request
 from toolkit.generate.template import (
@@ -27,8 +28,6 @@ from toolkit.generate.template import (
 from toolkit.recipe.errors import RecipeError, one_line
 
 GRADES = (3, 2, 1, 0)  # in the order in which they are written
-TOGETHER, ONE_BY_ONE = "together", "one-by-one"
-FORMS = (TOGETHER, ONE_BY_ONE)
 _COMMON = frozenset({"query", "attributes", "examples", "grades"})
 _EXAMPLE = frozenset({"example_query", "answer"})
 _TEXTS = {

@@ -17,7 +17,7 @@ from toolkit.data.records import check_encodable, kind_of, read_rows
 from toolkit.data.stdlib_corpus import collection
 from toolkit.determinism import generator
 from toolkit.files import expanded
-from toolkit.recipe.errors import RecipeError, one_line
+from toolkit.recipe.errors import RecipeError, of_flag, one_line
 from toolkit.recipe.sources import FolderSource
 
 TEXT_COLUMNS = ("query", "anchor", "text")  # the first that a row has
@@ -63,7 +63,8 @@ def read_queries(what: str, split: str | None, limit: int | None, seed: int) -> 
         rows = _beir_rows(expanded(what), split or "train")
     else:
         rows = _rows(what, split)
-    found = list(_unlike(rows, counts))
+    with of_flag("--queries"):
+        found = list(_unlike(rows, counts))
     if not found:
         raise RecipeError(f"{one_line(what)}: holds no query; name rows with a query each")
     if limit is not None and limit > len(found):

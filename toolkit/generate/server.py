@@ -17,6 +17,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
 
 from toolkit.generate.chat import FORMS, chat_body, read_completion
 from toolkit.generate.failures import FirstFailures
+from toolkit.generate.flags import REQUEST_SECONDS
 from toolkit.generate.requests import Answer, Engine, Request, Sampling
 from toolkit.generate.server_address import KEY_VARIABLE, checked_address, is_local, key_of, unused_proxy
 from toolkit.generate.server_faults import Fault, Kind, Place, fault_of, words_of
@@ -45,7 +46,7 @@ def server_engine(
     *,
     key_variable: str | None = None,
     succeeded: bool = False,
-    timeout: float = 600.0,
+    timeout: float = REQUEST_SECONDS,
     patience: float = 300.0,
     say: Callable[[str], None] = notice,
 ) -> Engine:

@@ -56,7 +56,10 @@ def fault_of(error: APIError, place: Place) -> Fault:
     if isinstance(error, APITimeoutError):
         if _causes(error) & {"ConnectTimeout"}:
             return Fault(Kind.AGAIN, "cannot be reached (no connection in time); see that its host is up and open")
-        return Fault(Kind.AGAIN, f"no answer within {place.timeout:g} s; the server is overloaded, or stands still")
+        slow = ", or is slow: raise --request-timeout" if place.listed else ""  # it has told its models in time
+        return Fault(
+            Kind.AGAIN, f"no answer within {place.timeout:g} s; the server is overloaded, or stands still{slow}"
+        )
     if isinstance(error, APIConnectionError):
         return _of_connection(error)
     if not isinstance(error, APIStatusError):

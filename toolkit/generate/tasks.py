@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from toolkit.generate import gate
+from toolkit.generate.flags import TOGETHER
 from toolkit.generate.parse import graded_texts, plain_text
 from toolkit.generate.prompt import (
     GRADES,
-    TOGETHER,
     Prompts,
     attributes_of,
     call_seed,

@@ -14,6 +14,7 @@ TABLE = {
     "contrastive": "toolkit.methods.contrastive",
     "recontriever": "toolkit.methods.recontriever",
     "sycl": "toolkit.methods.sycl",
+    "cde": "toolkit.methods.cde",
 }
 
 

@@ -38,6 +38,7 @@ class MethodKeys:
         models: stage -> its models; the first one becomes the retriever.
         check: (path of the stage, stage, whether it is the first) -> (path, problem and fix) of each problem.
         may_build: whether it trains a model from random weights.
+        contextual: whether its export reads texts with a context.
         exports_lm: whether its export holds a language model beside the retriever.
         remarks: (path of the stage, stage, why the model it starts from may never have been a retriever; empty if it
             was one) -> lines to be said, each beginning with "note:" or "warning:" and a path.
@@ -48,6 +49,7 @@ class MethodKeys:
     models: Callable[[Stage[Any, Any]], tuple[ModelKeys, ...]]
     check: Callable[[str, Stage[Any, Any], bool], Iterator[tuple[str, str]]]
     may_build: bool = False
+    contextual: bool = False
     exports_lm: bool = False
     remarks: Callable[[str, Stage[Any, Any], str], Iterator[str]] = lambda at, stage, doubt: iter(())
 

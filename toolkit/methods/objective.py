@@ -1,5 +1,6 @@
 """What DeepSpeed wraps: one nn.Module a method, whose forward is its loss. The training loop knows no other type."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ class Exported(NamedTuple):
 
     retriever: str  # of the backbone's weights
     causal_lm: tuple[str, nn.Module] | None = None  # of a model with a head that goes beside it, and that model
+    first_stage: Path | None = None  # of a contextual encoder with a first stage of its own: where its tokenizer lies
 
 
 class Objective(nn.Module):
@@ -31,6 +33,11 @@ class Objective(nn.Module):
 
     def forward(self, batch: Any) -> Loss:
         raise AssertionError("an objective defines forward")
+
+    def beside(self, batch: Any) -> dict[str, int]:
+        """Tokens or vectors that a forward runs beside the tokens of the batch: side of `costs` -> number."""
+        del batch
+        return {}
 
     def after_step(self, applied: bool) -> None:
         """Called on all ranks after every optimizer step, for state that follows the weights.

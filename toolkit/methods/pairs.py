@@ -1,17 +1,18 @@
 """Rows that are pairs, of several methods: prepared, put in order, and looked at before anything is trained."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from toolkit.data.first_look import Look, check_limit, look_at_pairs, no_negatives, too_few
 from toolkit.data.packing import ClusterPlan, pools_of
 from toolkit.data.pairs import PairBatch, PairPlan, PairStore, collate_pairs
-from toolkit.data.stream import Plan
+from toolkit.data.stream import Collate, Plan
 from toolkit.data.surrogate import SurrogateVectors
 from toolkit.data.tokens import pad_id
 from toolkit.methods.method import Feed, Lines, Models, Row, StageRun, Tokenizers
@@ -27,7 +28,11 @@ from toolkit.recipe.stage import Stage
 PairStage = Stage[Any, PairsData]
 
 
-def open_pairs(run: StageRun, models: Models, tokenizer: Any) -> Feed:
+# (order of the rows, their texts, data section with what was mined, batches of pairs) -> a method's own batches
+OwnBatches = Callable[[Plan, PairStore, PairsData, Collate], Collate]
+
+
+def open_pairs(run: StageRun, models: Models, tokenizer: Any, own_batches: OwnBatches | None = None) -> Feed:
     """The pairs of a stage; mined first, and looked at by a surrogate, where the recipe asks for it."""
     stage = run.stage
     previous = None if run.before is None else run.before / "export"
@@ -41,6 +46,7 @@ def open_pairs(run: StageRun, models: Models, tokenizer: Any) -> Feed:
         digest = _digest(digest, vectors.digest)
     settings = {"seed": run.data_seed, "pad_id": pad_id(tokenizer), "surrogate": vectors and vectors[:2]}
     collate = partial(_collate, store, slots | settings)
+    collate = collate if own_batches is None else own_batches(plan, store, data, collate)
     return Feed(plan, collate, len(store), "pairs", digest, store.examples)
 
 
@@ -72,13 +78,6 @@ def _digest(*parts: str) -> str:
 
 def _collate(store: PairStore, settings: dict[str, Any], pool: int, places: np.ndarray, rows: np.ndarray) -> PairBatch:
     return collate_pairs(store, rows, pool, places, **settings)
-
-
-def check_surrogate(stage: PairStage) -> None:
-    """Raise RecipeError if the objective asks a surrogate that is not there; no access to the hub."""
-    rule = stage.objective.false_negatives
-    if rule is not None and (problem := missing_folder(rule.surrogate)):
-        raise RecipeError(f"objective.false_negatives.surrogate.from: {problem}")
 
 
 def pair_row(stage: PairStage) -> Row:
@@ -146,3 +145,23 @@ def pair_example(stage: PairStage, number: int, look: Look, tokenizers: Tokenize
         why = "mined before the stage trains" if stage.data.mine else "none in the rows looked at"
         lines.append(("example negative", why))
     return lines
+
+
+def fit_pairs(stage: PairStage, configs: dict[str, PretrainedConfig]) -> None:
+    """RecipeError for a surrogate of the objective that is not there, and for sizes of vectors that the retriever has
+    not, or whose last is not its own. No access to the hub.
+
+    The export holds vectors of all dimensions, so these are trained too.
+    """
+    rule = stage.objective.false_negatives
+    if rule is not None and (problem := missing_folder(rule.surrogate)):
+        raise RecipeError(f"objective.false_negatives.surrogate.from: {problem}")
+    sizes = stage.objective.matryoshka
+    if sizes is None:
+        return
+    largest, width = max(sizes), configs["retriever"].hidden_size
+    if largest > width:
+        raise RecipeError(f"objective.matryoshka: {largest} is more than the model's {width} dimensions; remove it")
+    if largest < width:
+        problem = f"lacks the model's {width} dimensions, which its export has; add {width}"
+        raise RecipeError(f"objective.matryoshka: {problem}")

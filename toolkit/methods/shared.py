@@ -9,6 +9,7 @@ from toolkit.collectives import world_size
 from toolkit.data.tokens import Tokens
 from toolkit.losses.language import num_chunks
 from toolkit.models.backbone import DTYPES, adapted, load_encoder_backbone
+from toolkit.models.contextual_files import CONTEXT, is_contextual
 from toolkit.models.encoder import Encoder
 from toolkit.models.places import ModelSource
 from toolkit.recipe.stage import Stage, batch_numbers
@@ -17,7 +18,18 @@ from toolkit.slicing import Slices, in_slices, most_tokens, plan_slices
 
 
 def build_encoder(stage: Stage[Any, Any], seed: int, device: torch.device | str, source: ModelSource) -> Encoder:
-    """The retriever of a stage in training mode; its adapter goes on, else a new one is made if the recipe asks."""
+    """The retriever of a stage in training mode; its adapter goes on, else a new one is made if the recipe asks.
+
+    Raises:
+        ValueError: for a retriever in two stages, of which a method that calls this would train one, and for models and
+            adapters that do not fit.
+    """
+    trained = source.adapter or source.folder
+    if is_contextual(trained):
+        raise ValueError(
+            f"start: {trained} reads texts with a context ({CONTEXT}), which {stage.objective.name} does not train; "
+            "name another model, or a method that does"
+        )
     backbone = load_encoder_backbone(source.folder, DTYPES[stage.precision], device)
     backbone = adapted(backbone, stage.lora, source.adapter, False, seed).train()
     if stage.activation_checkpointing:
@@ -37,6 +49,9 @@ def logit_chunks(stage: Stage[Any, Any], max_tokens: int, vocabulary: int) -> in
     return num_chunks(most_tokens(rows, max_tokens, stage.batch.forward_rows, stage.batch.forward_tokens), vocabulary)
 
 
-def recompute_layers(model: nn.Module) -> None:
-    """Recompute every layer in the backward pass, by checkpoints that may be nested (non-reentrant)."""
-    model.activation_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+def recompute_layers(model: nn.Module, **options: Any) -> None:
+    """Recompute every layer in the backward pass, by checkpoints that may be nested (non-reentrant).
+
+    options: of torch's checkpoint.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False} | options)  # pyright: ignore[reportCallIssue]

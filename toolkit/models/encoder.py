@@ -1,5 +1,8 @@
 """The retriever: a backbone, a pooling, maybe a dense layer, and a normalisation."""
 
+import copy
+from typing import Self
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +31,12 @@ class Encoder(nn.Module):
         self.normalize = normalize
         self.truncate_dim = truncate_dim
         self.dense = dense
+
+    def changed(self, pooling: str, normalize: bool, truncate_dim: int | None) -> Self:
+        """The same backbone with other settings; the weights are shared."""
+        found = copy.copy(self)
+        found.pooling, found.normalize, found.truncate_dim = pooling, normalize, truncate_dim
+        return found
 
     def forward(self, tokens: Tokens) -> Tensor:
         states = self.backbone(

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from toolkit.ranks.last_words import is_first_rank, notice
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONTEXT_WEIGHTS = "context.safetensors"  # of a contextual retriever: all that is no backbone's
 
 
 def pickled_model(folder: Path) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from toolkit.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, pickled_adapter
+from toolkit.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTEXT_WEIGHTS, pickled_adapter
 from toolkit.recipe.errors import RecipeError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -31,7 +31,7 @@ class ModelSource(NamedTuple):
 
 def holds_bare_adapter(folder: Path) -> bool:
     """True for an adapter without full weights beside it."""
-    full = [path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS]
+    full = [path for path in folder.glob("*.safetensors") if path.name not in (ADAPTER_WEIGHTS, CONTEXT_WEIGHTS)]
     return (folder / ADAPTER_CONFIG).is_file() and not full
 
 

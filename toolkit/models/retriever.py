@@ -12,12 +12,20 @@ from toolkit.models.vocabulary import model_tokenizer
 from toolkit.recipe.models import EncoderSettings
 
 
+class First(NamedTuple):
+    """What the first stage of a contextual retriever needs besides its encoder."""
+
+    tokenizer: Any  # the retriever's own, unless the stage has a model of its own
+    identity: str  # 16 hex digits of the weights that it was loaded with: a context belongs to them
+
+
 class Retriever(NamedTuple):
     """A model that embeds, with the tokenizer and the settings it was trained with."""
 
     encoder: Encoder
     tokenizer: Any
     settings: EncoderSettings
+    first: First | None = None  # of a contextual retriever
 
 
 def load_retriever(

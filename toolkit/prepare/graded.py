@@ -24,7 +24,7 @@ from toolkit.recipe.graded import FolderGraded, GradedData
 from toolkit.recipe.models import EncoderSettings
 from toolkit.recipe.sources import source_name
 
-_LAYOUT = 1  # of the store; one more makes older caches unread
+_LAYOUT = 2  # of the store; one more makes older caches unread
 
 
 def prepare_graded(data: GradedData, encoder: EncoderSettings, tokenizer_folder: Path, run: Path) -> GradedStore:
@@ -145,9 +145,10 @@ def _warn(meta: dict[str, Any], data: GradedData) -> None:
     lines = []
     if meta["sources"] > 1 and not told["shared"]:
         what = "ids" if data.join == "query_id" else "texts"
-        lines.append(
-            f"data.join: no query has passages in all {meta['sources']} sources; do their queries' {what} agree?"
-        )
+        why = f"do their queries' {what} agree?"
+        if told["known"]:
+            why = f"{told['known']:,} queries are in all, but at_least and below leave some source without passages"
+        lines.append(f"data.join: no query has passages in all {meta['sources']} sources; {why}")
     if told.get("repeated"):
         lines.append(
             f"data.group: {told['repeated']:,} of {rows:,} queries have fewer than {group.size} passages "

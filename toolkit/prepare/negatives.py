@@ -18,6 +18,7 @@ from toolkit.data.negatives import MiningRows, known_positives, mining_rows
 from toolkit.data.pair_records import pair_files
 from toolkit.export.write import load_export, read_record
 from toolkit.files import replacing_folder
+from toolkit.models.in_context import without_context
 from toolkit.models.retriever import Retriever
 from toolkit.prepare.pairs import limited_pairs
 from toolkit.prepare.sources import KnownSource, check_unchanged, known_sources
@@ -27,6 +28,7 @@ from toolkit.recipe.pairs import FolderPairs, PairFields, PairsData, PairSource
 from toolkit.recipe.search import Bm25Mine, Mine, RetrieverMine
 from toolkit.recipe.sources import source_name
 from toolkit.retrieval.bm25 import SETTINGS, warn_if_nothing_found
+from toolkit.retrieval.context import in_own_context
 from toolkit.retrieval.mining import (
     Mined,
     Search,
@@ -164,7 +166,7 @@ def _mine_all(
         else:
             assert retriever is not None
             about["by"] = _searcher(settings, previous)
-            search = _retriever_search(rows, retriever, source)
+            search = _retriever_search(rows, retriever, source, seed)
         results.append((rows, mine(rows, search, settings, seed, number), about))
 
     def write() -> None:
@@ -185,10 +187,12 @@ def _mine_all(
     together(write)
 
 
-def _retriever_search(rows: MiningRows, retriever: Retriever, source: PairSource) -> Search:
+def _retriever_search(rows: MiningRows, retriever: Retriever, source: PairSource, seed: int) -> Search:
+    """By vectors; a contextual retriever reads all of a source's texts with some of its own passages."""
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     own = {key: prefix for key, prefix in prefixes.items() if prefix is not None}
-    return retriever_search(retriever._replace(settings=retriever.settings.model_copy(update=own)), rows)
+    prefixed = without_context(retriever)._replace(settings=retriever.settings.model_copy(update=own))
+    return retriever_search(in_own_context(prefixed, rows.passages, source_name(source), seed), rows)
 
 
 def _mined_source(source: PairSource, folder: Path) -> FolderPairs:

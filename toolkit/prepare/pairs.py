@@ -31,16 +31,30 @@ _NOT_STORED = {"folder", "weight", "query_prefix", "passage_prefix"}
 
 
 def prepare_pairs(data: PairsData, encoder: EncoderSettings, tokenizer_folder: Path, run: Path, seed: int) -> PairStore:
+    """The pairs of a stage's sources, of which rows that have too few texts are told, as tokens_of_pairs.
+
+    Raises:
+        RecipeError: as tokens_of_pairs, and for hard negatives asked for where no row has any.
+    """
+    store = tokens_of_pairs(data, encoder, tokenizer_folder, run, seed)
+    together(lambda: _check_slots(store, data))
+    return store
+
+
+def tokens_of_pairs(
+    data: PairsData, encoder: EncoderSettings, tokenizer_folder: Path, run: Path, seed: int
+) -> PairStore:
     """The pairs of a stage's sources, tokenised once beside `run`, on a disk that all nodes must see.
 
-    `tokenizer_folder` is that of the model: config.json tells which ids have an embedding.
+    `tokenizer_folder` is that of the model: config.json tells which ids have an embedding. Rows and texts have the same
+    numbers whatever the tokenizer and the longest input.
 
     The cache is keyed by what the files hold, wherever they lie. Files whose names, sizes and times are as they were
     when they were last read are not read again.
 
     Raises:
-        RecipeError: for malformed or empty data, a limit above a source's rows, hard negatives asked for where no row
-            has any, or files that change while they are read; the same on every rank.
+        RecipeError: for malformed or empty data, a limit above a source's rows, or files that change while they are
+            read; the same on every rank.
     """
 
     def write(work: Path) -> str:
@@ -58,9 +72,7 @@ def prepare_pairs(data: PairsData, encoder: EncoderSettings, tokenizer_folder: P
 
         return str(prepared_folder("pairs", data.sources, run, key, write))
 
-    store = open_everywhere(Path(together(prepare)), PairStore)
-    together(lambda: _check_slots(store, data))
-    return store
+    return open_everywhere(Path(together(prepare)), PairStore)
 
 
 # --------------------------------------------------------------------------- the key of the cache

@@ -33,6 +33,8 @@ def cross_checks(stages: list[Stage]) -> Problems:
             yield f"{at}.encoder.append_eos", "pooling eos reads the end token; remove the key, or set it to true"
         if stage.optim.warmup_steps > stage.optim.steps:
             yield f"{at}.optim.warmup_steps", f"is above steps ({stage.optim.steps}); lower it"
+        if stage.eval.context is not None and not methods.keys_of(stage.objective.name).contextual:
+            yield f"{at}.eval.context", f"what {stage.objective.name} trains reads no context; remove the key"
         for key in ("identical_ids", "bm25_text", "bm25_language"):
             if getattr(stage.eval, key) != getattr(stages[0].eval, key):
                 yield f"{at}.eval.{key}", "differs from the first stage's, with which BM25 is scored; make them equal"

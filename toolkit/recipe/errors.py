@@ -8,15 +8,29 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
+_SOURCES = "data.sources: "
+
 
 class RecipeError(Exception):
     """A mistake the user can mend: one line per problem, each with its path and its fix."""
+
+
+@contextmanager
+def of_flag(flag: str) -> Iterator[None]:
+    """What is said of `data.sources`, the key of a recipe, is said of a command's flag, as "--queries"."""
+    try:
+        yield
+    except RecipeError as error:
+        if str(error).startswith(_SOURCES):
+            raise RecipeError(f"{flag}: {str(error).removeprefix(_SOURCES)}") from None
+        raise
 
 
 def one_line(text: object, longest: int | None = None) -> str:

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from toolkit.recipe.models import Pooling
 from toolkit.recipe.search import Bm25Language
-from toolkit.recipe.section import Section, Text
+from toolkit.recipe.section import Natural, Positive, Section, Text
 
 
 class StopIfWorse(Section):
@@ -20,6 +20,29 @@ class StopIfWorse(Section):
         description="bm25; start: the model before training that the stage goes back to; previous: the stage before."
     )
     by: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="A drop of at most this is let pass.")
+
+
+CORPUS, NONE = "corpus", "none"
+
+
+class EvalContext(Section):
+    """What a contextual retriever reads every query and document with."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    documents: Positive | None = Field(
+        None, description="Documents of the context: as many as the model reads, which null says."
+    )
+    from_: Text = Field(
+        CORPUS,
+        alias="from",
+        description="corpus: documents of the collection that is scored, drawn with replacement; none: null vectors; a "
+        "folder in BEIR layout: of that one; a .safetensors file: the context that an evaluation of this model kept.",
+    )
+    seed: Natural = Field(0, description="Draws the documents.")
+    beside: list[Text] = Field(
+        [], description='More contexts, as in from, that are scored too and stand beside it in the report: ["none"].'
+    )
 
 
 class EvalSettings(Section):
@@ -48,6 +71,9 @@ class EvalSettings(Section):
         "embedded corpus, else prose.",
     )
     bm25_language: Bm25Language = None
+    context: EvalContext | None = Field(
+        None, description="Of a contextual retriever: what texts are read with; null: what lies in its folder, or none."
+    )
     vectors_dtype: Literal["fp32", "fp16"] = Field(
         "fp32", description="Number format of the documents' vectors on disk; fp16 takes half of it."
     )

@@ -6,11 +6,11 @@ Methods that learn from an order of passages take GradedData as their data secti
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from toolkit.recipe.pairs import PairFields
 from toolkit.recipe.section import FaultyRows, Positive, Section, Text
-from toolkit.recipe.sources import SOURCE_FIX, FolderSource, HubSource, StdlibSource, source_kind
+from toolkit.recipe.sources import FolderSource, HubSource, StdlibSource, kind_of_source
 
 
 class Pick(Section):
@@ -58,11 +58,7 @@ class StdlibGraded(StdlibSource, GradedSettings):
 GradedSource = HubGraded | FolderGraded | StdlibGraded
 _GradedSource = Annotated[
     Annotated[HubGraded, Tag("hub")] | Annotated[FolderGraded, Tag("folder")] | Annotated[StdlibGraded, Tag("stdlib")],
-    Discriminator(
-        source_kind,
-        custom_error_type="source_kind",
-        custom_error_message=SOURCE_FIX.replace("files", "graded"),
-    ),
+    kind_of_source("graded"),
 ]
 
 

@@ -6,12 +6,12 @@ Methods that compare queries with documents take PairsData as their data section
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from toolkit.recipe.clusters import Clusters, Packing
 from toolkit.recipe.search import CODE_HAS_NO_LANGUAGE, Bm25Mine, Mine, MineSettings, RetrieverMine
 from toolkit.recipe.section import FaultyRows, Natural, Positive, Section, Text
-from toolkit.recipe.sources import SOURCE_FIX, FolderSource, HubSource, StdlibSource, source_kind
+from toolkit.recipe.sources import FolderSource, HubSource, StdlibSource, kind_of_source
 from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, Surrogate
 
 
@@ -67,11 +67,7 @@ class StdlibPairs(StdlibSource, PairSettings):
 PairSource = HubPairs | FolderPairs | StdlibPairs
 _PairSource = Annotated[
     Annotated[HubPairs, Tag("hub")] | Annotated[FolderPairs, Tag("folder")] | Annotated[StdlibPairs, Tag("stdlib")],
-    Discriminator(
-        source_kind,
-        custom_error_type="source_kind",
-        custom_error_message=SOURCE_FIX.replace("files", "docstrings"),
-    ),
+    kind_of_source("docstrings"),
 ]
 
 

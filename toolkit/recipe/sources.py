@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field
 
 from toolkit.recipe.errors import one_line
 from toolkit.recipe.section import Section, Text
@@ -36,7 +36,6 @@ class StdlibSource(Section):
 
 
 Source = HubSource | FolderSource | StdlibSource
-SOURCE_FIX = 'write {"hub": "<dataset id>"}, {"folder": "<path>"} or {"stdlib": "files"}'
 
 
 def source_kind(value: Any) -> str | None:
@@ -46,6 +45,12 @@ def source_kind(value: Any) -> str | None:
         return known[0] if len(known) == 1 else None
     kinds = {"hub": HubSource, "folder": FolderSource, "stdlib": StdlibSource}
     return next((kind for kind, section in kinds.items() if isinstance(value, section)), None)
+
+
+def kind_of_source(stdlib: str) -> Discriminator:
+    """Discriminator of a union whose parts are tagged hub, folder and stdlib; `stdlib` is what the last may be."""
+    fix = f'write {{"hub": "<dataset id>"}}, {{"folder": "<path>"}} or {{"stdlib": "{stdlib}"}}'
+    return Discriminator(source_kind, custom_error_type="source_kind", custom_error_message=fix)
 
 
 def source_name(source: Source) -> str:

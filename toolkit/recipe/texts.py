@@ -6,11 +6,11 @@ Methods that read passages take PassagesData into their keys, methods that cut t
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from toolkit.recipe.search import CODE_HAS_NO_LANGUAGE, Bm25Neighbours, Neighbours
 from toolkit.recipe.section import FaultyRows, Positive, Section, Text
-from toolkit.recipe.sources import SOURCE_FIX, FolderSource, HubSource, StdlibSource, source_kind
+from toolkit.recipe.sources import FolderSource, HubSource, StdlibSource, kind_of_source
 
 
 class TextFields(Section):
@@ -47,7 +47,7 @@ class StdlibTexts(StdlibSource):
 
 TextSource = Annotated[
     Annotated[HubTexts, Tag("hub")] | Annotated[FolderTexts, Tag("folder")] | Annotated[StdlibTexts, Tag("stdlib")],
-    Discriminator(source_kind, custom_error_type="source_kind", custom_error_message=SOURCE_FIX),
+    kind_of_source("files"),
 ]
 
 

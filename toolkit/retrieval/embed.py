@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from toolkit.collectives import first_of_any_rank, on_rank_zero, rank, world_size
 from toolkit.data.tokens import Tokens, frame, pad, pad_id, tokenize
 from toolkit.files import replace_text
+from toolkit.models.in_context import InContext
 from toolkit.models.retriever import Retriever
 from toolkit.retrieval.vectors import DTYPES, Shard, Store, Vectors, gather_rows, is_finished, open_shard, save_shard
 
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 
 def checkpoint_digest(retriever: Retriever) -> str:
     """16 hex digits of all that decides the vectors: weights and their dtype, structure, tokenizer, settings."""
-    encoder, tokenizer, settings = retriever
+    encoder, tokenizer, settings, _ = retriever
     backbone: Any = encoder.backbone
     config = {k: v for k, v in backbone.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     scaling = {name: module.scaling for name, module in encoder.named_modules() if isinstance(module, LoraLayer)}
@@ -150,8 +151,10 @@ def _on_disk(work: _Work, parts: list[np.ndarray], store: Store) -> list[np.ndar
 
 
 def _key(work: _Work, parts: list[np.ndarray]) -> str:
-    """16 hex digits of the texts with their prefix and of their shards."""
-    digest = hashlib.sha256(_prefix(work).encode(errors="surrogatepass") + b"\0")
+    """16 hex digits of the texts with their prefix and their context, and of their shards."""
+    encoder = work.retriever.encoder
+    context = encoder.digest if isinstance(encoder, InContext) else ""
+    digest = hashlib.sha256(context.encode() + _prefix(work).encode(errors="surrogatepass") + b"\0")
     for part in parts:
         for i in part:
             data = work.texts[i].encode(errors="surrogatepass")
@@ -197,7 +200,7 @@ def _told_by_all(work: Callable[[], Result]) -> Result:
 
 
 def _token_rows(work: _Work, part: np.ndarray) -> list[list[int]]:
-    _, tokenizer, settings = work.retriever
+    _, tokenizer, settings, _ = work.retriever
     texts = [work.texts[i] for i in part]
     return tokenize(tokenizer, texts, _prefix(work), settings.eval_max_tokens, settings.append_eos)
 

@@ -19,8 +19,10 @@ from toolkit.data.tokens import pad, pad_id, tokenize
 from toolkit.export.write import load_export
 from toolkit.files import expanded
 from toolkit.models.backbone import check_adapter, check_weights, read_config
+from toolkit.models.contextual_files import FIRST_FOLDER, is_contextual
 from toolkit.models.encoder import Encoder
 from toolkit.models.formats import ADAPTER_CONFIG, lacks_weights
+from toolkit.models.in_context import KEPT
 from toolkit.models.lengths import check_length, longest_input
 from toolkit.models.places import base_of_adapter, holds_bare_adapter, hub_problem
 from toolkit.models.retriever import Retriever, load_retriever
@@ -60,14 +62,14 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     Raises:
         RecipeError: for what is none of these, damaged, or cannot be run here; one line with the fix.
     """
-    folder = _find(what)
-    added = None if adapter is None else _find(adapter)
+    folder = find_retriever(what)
+    added = None if adapter is None else find_retriever(adapter)
     base = None
     if added is None:
         base = together(lambda: base_of_adapter(folder) if _is_bare_adapter(folder) else None)
     if base is not None:
         added = folder
-    of = folder if base is None else _find(base)
+    of = folder if base is None else find_retriever(base)
     loaded = on_every_rank(lambda: _load(what, of, added, changes, device))
     return loaded if dense else loaded._replace(retriever=on_every_rank(lambda: _without_dense(what, loaded.retriever)))
 
@@ -137,10 +139,13 @@ def _is_path(what: str) -> bool:
     return expanded(what).is_absolute() or what.startswith((".", "~")) or what.count("/") > 1
 
 
-def _find(what: str) -> Path:
+def find_retriever(what: str) -> Path:
     """A folder as it is; anything else that can be a hub id is fetched: rank 0 first, then the others.
 
     Which of them it is rank 0 decides, as the ranks would wait for one another in different places.
+
+    Raises:
+        RecipeError: for no folder, and what cannot be fetched.
     """
     folder = expanded(what)
     if together(folder.is_dir):
@@ -162,6 +167,8 @@ def _snapshot(hub: str) -> str:
         found = snapshot_download(hub, allow_patterns=FILES, ignore_patterns=NOT_FILES)
         if any(Path(found).glob("*_Dense")):
             snapshot_download(hub, allow_patterns=DENSE_FILES)
+        if is_contextual(Path(found)):  # its first stage, and a context
+            snapshot_download(hub, allow_patterns=[f"{FIRST_FOLDER}/*", str(KEPT)], ignore_patterns=["*.bin", "*.py"])
         return found
     except (OSError, ValueError, HTTPError) as error:  # the hub's own errors are kinds of these
         problem = hub_problem(hub, error, "name that")

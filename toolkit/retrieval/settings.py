@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.models.encoder import Encoder
 from toolkit.models.lengths import check_length
 from toolkit.models.retriever import Retriever
 from toolkit.recipe.errors import RecipeError
@@ -63,13 +62,15 @@ def with_settings(retriever: Retriever, changes: EvalSettings) -> Retriever:
     settings = changed(retriever.settings, changes)
     if settings == retriever.settings:
         return retriever
-    backbone, dense = retriever.encoder.backbone, retriever.encoder.dense
+    backbone = retriever.encoder.backbone
     try:
         check_length(backbone.config, settings.eval_max_tokens, "it")  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise RecipeError(f"eval.max_tokens: {error}") from None
-    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.truncate_dim, dense).eval()
-    return Retriever(encoder, retriever.tokenizer, settings)
+    if retriever.first is not None and settings.pooling != retriever.settings.pooling:
+        raise RecipeError("eval.pooling: a contextual retriever pools as it was trained to; leave it out")
+    encoder = retriever.encoder.changed(settings.pooling, settings.normalize, settings.truncate_dim).eval()
+    return retriever._replace(encoder=encoder, settings=settings)
 
 
 def changed(settings: EncoderSettings, changes: EvalSettings) -> EncoderSettings:

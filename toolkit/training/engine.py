@@ -6,6 +6,8 @@ Called by the loop. Every function is collective: all ranks call it.
 import gc
 import math
 from collections import Counter
+from collections.abc import Iterator
+from itertools import cycle, islice
 from typing import Any
 
 import deepspeed
@@ -19,6 +21,8 @@ from toolkit.determinism import seed_step
 from toolkit.methods import method_of
 from toolkit.methods.method import Models
 from toolkit.methods.objective import Loss, Objective
+from toolkit.models.contextual import ContextualEncoder
+from toolkit.models.vocabulary import model_tokenizer
 from toolkit.recipe.models import EncoderSettings
 from toolkit.recipe.stage import Stage
 from toolkit.training.deepspeed_config import ds_config
@@ -75,9 +79,11 @@ def train_step(
         group["lr"] = lr
     losses, norm = [], None
     tokens: Counter[str] = Counter()
+    beside: Counter[str] = Counter()
     for batch in batches:
         batch = to_device(batch, device)
         tokens.update(_num_tokens(batch))
+        beside.update(engine.module.beside(batch))
         loss = engine(batch)
         engine.backward(loss.total * _one_or_nan(loss.total))
         losses.append(Loss(loss.total.detach(), loss.parts))
@@ -94,7 +100,7 @@ def train_step(
         for group in engine.optimizer.averaged_gradients:  # which DeepSpeed leaves as they are, to be added to
             engine.optimizer.averaged_gradients[group] = None
     engine.module.after_step(applied)
-    values = reduce_losses(losses, tokens, waited, device)
+    values = reduce_losses(losses, tokens, beside, waited, device)
     values["lr"] = lr
     values["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
     if not applied and math.isfinite(values["grad_norm"]):
@@ -125,23 +131,48 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def _num_tokens(batch: Any) -> dict[str, int]:
     """Real tokens of each side of a batch."""
-    sides = {name: part for name, part in batch._asdict().items() if isinstance(part, Tokens)}
+    sides = dict(_sides(batch))
     counts = torch.stack([part.attention_mask.sum() for part in sides.values()]).tolist()  # one wait for the device
     return dict(zip(sides, counts, strict=True))
+
+
+def _sides(batch: Any) -> Iterator[tuple[str, Tokens]]:
+    for name, part in batch._asdict().items():
+        if isinstance(part, Tokens):
+            yield name, part
+        elif isinstance(part, tuple):
+            yield from _sides(part)
 
 
 @torch.no_grad()
 def live_vectors(
     objective: Objective, tokenizer: Any, settings: EncoderSettings, texts: list[str], device: torch.device
-) -> dict[str, np.ndarray]:
-    """Vectors of a few texts from the model in training, as queries and as passages; called on all ranks (ZeRO-3)."""
+) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Vectors of a few texts from the model in training, as queries and as passages; called on all ranks (ZeRO-3).
+
+    Those of a contextual encoder are without context, and as "query_in_context" and "passage_in_context" with the one
+    of the documents that come back beside them: the texts over and over.
+    """
+
+    def tokens(tokenizer: Any, texts: list[str], prefix: str, longest: int) -> Tokens:
+        rows = tokenize(tokenizer, texts, prefix, longest, settings.append_eos)
+        return to_device(pad(rows, pad_id(tokenizer)), device)
+
     objective.eval()
-    vectors = {}
-    for kind, prefix in (("query", settings.query_prefix), ("passage", settings.passage_prefix)):
-        rows = tokenize(tokenizer, texts, prefix, settings.eval_max_tokens, settings.append_eos)
-        vectors[kind] = objective.encoder(to_device(pad(rows, pad_id(tokenizer)), device)).float().cpu().numpy()
+    encoder, vectors, documents = objective.encoder, {}, None
+    sides = (("query", settings.query_prefix), ("passage", settings.passage_prefix))
+    for kind, prefix in sides:
+        vectors[kind] = encoder(tokens(tokenizer, texts, prefix, settings.eval_max_tokens)).float().cpu().numpy()
+    if isinstance(encoder, ContextualEncoder):
+        count, folder = encoder.settings.size // encoder.settings.vectors_per_document, objective.exported().first_stage
+        documents = list(islice(cycle(texts), count))
+        of_first = tokenizer if folder is None else model_tokenizer(folder)
+        context = encoder.first(tokens(of_first, documents, settings.passage_prefix, encoder.settings.max_tokens))
+        for kind, prefix in sides:
+            found = encoder(tokens(tokenizer, texts, prefix, settings.eval_max_tokens), context)
+            vectors[f"{kind}_in_context"] = found.float().cpu().numpy()
     objective.train()
-    return vectors
+    return vectors, documents
 
 
 def gather_trainable(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:

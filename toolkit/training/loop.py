@@ -24,13 +24,14 @@ from toolkit.checkpoint.states import RunState, load_newest, save_checkpoint
 from toolkit.collectives import on_rank_zero, rank, world_size
 from toolkit.data.stream import StepData, Stream
 from toolkit.export.check import check_export
-from toolkit.export.write import write_export
+from toolkit.export.write import ContextualParts, write_export
 from toolkit.files import sync
 from toolkit.methods import method_of
 from toolkit.methods.costs import Costs
 from toolkit.methods.method import Feed, Models, StageRun
 from toolkit.methods.objective import Objective
 from toolkit.models.backbone import DTYPES
+from toolkit.models.contextual import ContextualEncoder
 from toolkit.models.vocabulary import model_tokenizer
 from toolkit.ranks.fingerprint import Fingerprints
 from toolkit.ranks.last_words import Interrupted, steps
@@ -232,10 +233,10 @@ def _export(training: Training, facts: dict[str, Any]) -> dict[str, float]:
     """
     stage, examples = training.run.stage, training.feed.examples
     device = torch.device(training.run.device)
-    live = live_vectors(training.engine.module, training.tokenizer, stage.encoder_settings, examples, device)
+    live, context = live_vectors(training.engine.module, training.tokenizer, stage.encoder_settings, examples, device)
     weights = gather_trainable(training.engine.module, stage.zero.stage)
     objective = release(training.engine)  # what is left gives the export its structure; the reloaded model needs memory
-    return on_rank_zero(lambda: _write(training, objective, weights, live, facts))
+    return on_rank_zero(lambda: _write(training, objective, weights, live, context, facts))
 
 
 def _write(
@@ -243,13 +244,17 @@ def _write(
     objective: Objective,
     weights: dict[str, Tensor],
     live: dict[str, np.ndarray],
+    context: list[str] | None,
     facts: dict[str, Any],
 ) -> dict[str, float]:
     stage, folder, exported = training.run.stage, training.run.folder / "export", objective.exported()
+    encoder, contextual = objective.encoder, None
+    if isinstance(encoder, ContextualEncoder):
+        contextual = ContextualParts(encoder, _below(weights, "encoder."), exported.first_stage)
     of_lm = exported.causal_lm and (exported.causal_lm[1], _below(weights, exported.causal_lm[0]))
     write_export(
         folder,
-        backbone=objective.encoder.backbone,
+        backbone=encoder.backbone,
         state=_below(weights, exported.retriever),
         causal_lm=of_lm,
         settings=stage.encoder_settings,
@@ -258,9 +263,10 @@ def _write(
         dtype=DTYPES[stage.precision],
         merged=stage.export.merged,
         card=facts,
+        contextual=contextual,
     )
     try:
-        return check_export(folder, training.feed.examples, live, torch.device(training.run.device).type)
+        return check_export(folder, training.feed.examples, live, torch.device(training.run.device).type, context)
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: {error}") from None
 

@@ -18,12 +18,13 @@ from toolkit.methods.objective import Loss
 
 
 def reduce_losses(
-    losses: Iterable[Loss], tokens: dict[str, int], wait: float, device: torch.device
+    losses: Iterable[Loss], tokens: dict[str, int], beside: dict[str, int], wait: float, device: torch.device
 ) -> dict[str, float]:
     """Means over all forwards and ranks of one step; "loss" is exactly what was optimised.
 
     Args:
         tokens: side of the batch -> real tokens of this rank; the same sides on all ranks.
+        beside: the same of what is run beside them, and not counted among the tokens.
 
     Returns also tokens and tokens_SIDE (global sums) and data_wait (mean seconds a rank waited for data).
     """
@@ -35,11 +36,13 @@ def reduce_losses(
             for total, value in zip(totals[name], pair, strict=True):
                 total += value
     own = torch.stack([loss.total.detach().double() for loss in losses]).mean()
-    extra = torch.tensor([wait, *tokens.values()], dtype=torch.float64, device=device)
+    sides = [*tokens, *beside]
+    extra = torch.tensor([wait, *tokens.values(), *beside.values()], dtype=torch.float64, device=device)
     flat = sum_over_ranks(torch.cat([own[None], extra, *(torch.stack(pair) for pair in totals.values())])).tolist()
-    counts, sums = flat[2 : 2 + len(tokens)], flat[2 + len(tokens) :]
-    values = {"loss": flat[0] / world_size(), "tokens": sum(counts), "data_wait": flat[1] / world_size()}
-    values |= {f"tokens_{side}": count for side, count in zip(tokens, counts, strict=True)}
+    counts, sums = flat[2 : 2 + len(sides)], flat[2 + len(sides) :]
+    of_texts = sum(counts[: len(tokens)])
+    values = {"loss": flat[0] / world_size(), "tokens": of_texts, "data_wait": flat[1] / world_size()}
+    values |= {f"tokens_{side}": count for side, count in zip(sides, counts, strict=True)}
     for index, name in enumerate(totals):
         total, count = sums[2 * index : 2 * index + 2]
         values[name] = total / count

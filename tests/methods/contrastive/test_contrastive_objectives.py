@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference_contrastive import ReContrieverReference, contrastive_loss
-from tiny import build_objective, random_crops, random_pairs, save_model, stage_of
+from tiny import build_objective, random_crops, random_pairs, save_model, stage_of, without_dropout
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -259,10 +258,7 @@ def test_a_sharded_parameter_is_told_apart(folder: Path) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_five_optimizer_steps_equal_the_plain_loop(tmp_path: Path, smoothing: float) -> None:
     """Momentum, queue and AdamW together against a second encoder and a list of keys, as the method is written."""
-    folder = save_model(tmp_path, "bert")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = without_dropout(save_model(tmp_path, "bert"))
     queue = {"size": 48, "momentum": 0.9, "dtype": "fp32"}
     changes = {"encoder__normalize": False, "batch__pools_per_step": 1, "objective__queue": queue}
     changes["objective__label_smoothing"] = smoothing

@@ -4,25 +4,17 @@
 whole cover, in which every pair of values meets, and the full product of placements.
 """
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import run_on_ranks
-from pairwise import each_value, pairwise
-from tiny import save_model
+from pairwise import PLACEMENT, each_value, lora_of, pairwise
+from tiny import save_model, without_dropout
 
 # Errors in fp64, and in fp32 what passes the rounding of the dense form: see test_revela_ranks.py.
 BOUNDS = {"loss": 1e-6, "gradient": 1e-6, "worst_array": 5e-6, "queue": 1e-6}
-TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "dense"]}
-PLACEMENT = {
-    "zero": [0, 1, 2, 3],
-    "lora": [True, False],
-    "forward": [{}, {"forward_rows": 3}, {"forward_tokens": 30}],
-    "span": ["rank", "world"],
-}
 MODEL = {
     "fp64": [True, False],
     "activation_checkpointing": [False, True],
@@ -67,7 +59,7 @@ def as_case(method: str, number: int, factors: dict[str, Any]) -> dict[str, Any]
     arch = factors["arch"]
     changes = {
         "zero__stage": factors["zero"],
-        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": TARGETS[arch]} if factors["lora"] else None,
+        "lora": lora_of(arch) if factors["lora"] else None,
         "activation_checkpointing": factors["activation_checkpointing"],
         "batch__span": factors["span"],
         "encoder__pooling": factors["pooling"],
@@ -115,9 +107,7 @@ def full_product() -> list[dict[str, Any]]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     made = {kind: str(save_model(root / kind, kind, seed)) for seed, kind in enumerate(["llama", "bert"])}
-    path = root / "bert" / "config.json"
-    config = json.loads(path.read_text()) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    path.write_text(json.dumps(config))
+    without_dropout(root / "bert")
     return made
 
 

@@ -1,15 +1,13 @@
 """The contrastive method: queries against the documents of their pool."""
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.methods.contrastive.keys import ContrastiveStage
 from toolkit.methods.contrastive.objective import Contrastive
 from toolkit.methods.costs import Costs, matrices, recomputations, rule_text
 from toolkit.methods.method import Method, Models
-from toolkit.methods.pairs import check_surrogate, look, open_pairs, pair_epochs, pair_example, pair_row, warn
+from toolkit.methods.pairs import fit_pairs, look, open_pairs, pair_epochs, pair_example, pair_row, warn
 from toolkit.methods.shared import build_encoder
-from toolkit.recipe.errors import RecipeError
 
 
 def _build(stage: ContrastiveStage, seed: int, device: torch.device | str, models: Models) -> Contrastive:
@@ -23,25 +21,12 @@ def _costs(stage: ContrastiveStage, objective: Contrastive) -> Costs:
     return Costs(dict.fromkeys(("query", "document"), body.cost(True, again)), rule_text("retriever", [body], again))
 
 
-def _fit(stage: ContrastiveStage, configs: dict[str, PretrainedConfig]) -> None:
-    """The export holds vectors of all dimensions, so these are trained too; a surrogate is there."""
-    check_surrogate(stage)
-    if stage.objective.matryoshka is None:
-        return
-    largest, width = max(stage.objective.matryoshka), configs["retriever"].hidden_size
-    if largest > width:
-        raise RecipeError(f"objective.matryoshka: {largest} is more than the model's {width} dimensions; remove it")
-    if largest < width:
-        problem = f"lacks the model's {width} dimensions, which its export has; add {width}"
-        raise RecipeError(f"objective.matryoshka: {problem}")
-
-
 METHOD = Method(
     row=pair_row,
     open_feed=open_pairs,
     build=_build,
     costs=_costs,
-    fit=_fit,
+    fit=fit_pairs,
     look=look,
     warn=warn,
     epochs=pair_epochs,
