@@ -59,7 +59,7 @@ class Contexts:
         assert self._wanted is not None
         texts = list(read_beir_texts(_checked(place)).values())
         self._drawn_from = len(texts)
-        return draw(texts, self._count, self._wanted.seed)
+        return draw(texts, len(texts), self._count, self._wanted.seed)
 
     def bare(self, retriever: Retriever) -> Retriever:
         """The retriever without the context that it was loaded with, where another is asked for."""
@@ -82,7 +82,7 @@ class Contexts:
         if self._wanted is None or self._wanted.from_ == NONE:
             return retriever, {}
         if self._wanted.from_ == CORPUS:
-            chosen = draw(texts, self._count, self._wanted.seed)
+            chosen = draw(texts, len(texts), self._count, self._wanted.seed)
             context = embed_context(retriever, chosen, name, self._wanted.seed, len(texts))
         else:
             context = self._kept or self._of_folder(retriever)

@@ -13,8 +13,10 @@ from toolkit.methods.method import Lines
 from toolkit.models.backbone import load_tokenizer
 from toolkit.models.places import TOKENIZER_FILES, base_of_adapter, holds_bare_adapter
 from toolkit.models.vocabulary import model_tokenizer
+from toolkit.prepare.clusters import clusters_ahead
 from toolkit.recipe.errors import RecipeError, one_line
 from toolkit.recipe.models import BuildStart, FolderStart, HubStart, Start
+from toolkit.recipe.pairs import PairsData
 from toolkit.recipe.schema import Recipe
 
 
@@ -36,6 +38,7 @@ def data_lines(recipe: Recipe, index: int, found: Ahead) -> Lines:
         lines.append((name, how if count is None else f"{count:,} ({how})"))
     looks = [found.looks[index, n] for n in range(len(counts)) if (index, n) in found.looks]
     lines.append(("epochs", _epochs(recipe, index, [count for count, _ in counts], looks, tokenizer)))
+    lines += _clusters(recipe, index, [count for count, _ in counts])
     if isinstance(tokenizer, str):
         return [*lines, ("example row", f"not shown: {tokenizer}")]
     shown = (
@@ -61,6 +64,20 @@ def _epochs(recipe: Recipe, index: int, counts: list[int | None], looks: list[Lo
     stage, there = recipe.stages[index], None if isinstance(tokenizer, str) else tokenizer
     try:
         return method_of(stage.objective.name).epochs(stage, recipe.seed, known, looks, there)
+    except RecipeError as error:
+        raise RecipeError(f"stages.{index}.{error}") from None
+
+
+def _clusters(recipe: Recipe, index: int, counts: list[int | None]) -> Lines:
+    """What clustering a stage's rows takes, where its recipe asks for clusters."""
+    data = recipe.stages[index].data
+    if not isinstance(data, PairsData) or data.clusters is None:
+        return []
+    if None in counts:
+        return [("clusters", "not known: not all rows are counted")]
+    sizes = [min(n or 0, source.limit or n or 0) for n, source in zip(counts, data.sources, strict=True)]
+    try:
+        return clusters_ahead(data.clusters, sizes)
     except RecipeError as error:
         raise RecipeError(f"stages.{index}.{error}") from None
 

@@ -47,11 +47,13 @@ def rows_loss(query: Tensor, document: Tensor, pool: PairBatch, settings: Contra
         positives_of[query_key].update(k for k in keys if k >= 0)  # of the query, in whatever row it has them
     known = [positives_of[query] for query in asked]
     owner = [asked[j // slots] if j % slots < positives else None for j in range(len(document))]
+    masked = masked_columns(pool, settings)
     of_rows = []
     for i in range(rows):
         present = [i * slots + slot for slot in range(positives) if key[i * slots + slot] >= 0]
         lowest = min(float(of_query[i, place].detach()) for place in present)
         documents = [j for j in range(len(document)) if key[j] >= 0 and key[j] not in known[i] and owner[j] != asked[i]]
+        documents = [j for j in documents if not masked[i, j]]
         queries = [j for j in range(rows) if asked[j] != asked[i] and not known[i] & known[j]]
         losses = []
         for place in present:
@@ -66,8 +68,31 @@ def rows_loss(query: Tensor, document: Tensor, pool: PairBatch, settings: Contra
                 groups = [torch.cat(groups)]
             logits = [torch.cat([pair[None], group]) * scale for group in groups]
             losses.append(torch.stack([x.logsumexp(0) - x[0] for x in logits]).mean())
+        if settings.equal_queries == "joint":
+            held = [j for j in range(len(document)) if key[j] >= 0 and owner[j] == asked[i]]
+            found = scores["query_to_document"][i, documents]
+            found = found[found <= _limit(lowest, settings)]
+            logits = torch.cat([of_query[i, held], found]) * scale
+            losses = [logits.logsumexp(0) - logits[: len(held)].mean()]
         of_rows.append(torch.stack(losses).mean())
     return torch.stack(of_rows)
+
+
+def masked_columns(pool: PairBatch, settings: ContrastiveObjective) -> Tensor:
+    """Documents of other queries that are no negatives, by the surrogate or since none is: bool [rows, documents]."""
+    slots, positives = len(pool.document.input_ids) // len(pool.weight), pool.positive_key.shape[1]
+    owner = pool.query_key.repeat_interleave(slots)
+    others = pool.query_key[:, None] != owner
+    if not settings.in_batch_negatives:
+        return others
+    rule = settings.false_negatives
+    if rule is None:
+        return torch.zeros_like(others)
+    assert pool.surrogate_query is not None and pool.surrogate_document is not None
+    similar = F.cosine_similarity(pool.surrogate_query[:, None].double(), pool.surrogate_document[None].double(), dim=2)
+    own = similar.view(len(similar), -1, slots)[range(len(similar)), range(len(similar)), :positives]
+    lowest = own.masked_fill(pool.positive_key < 0, INF).amin(1)
+    return others & (similar >= (lowest[:, None] + rule.eps if rule.rule == "relative" else rule.cut))
 
 
 def _limit(positive: float, settings: ContrastiveObjective) -> float:

@@ -88,7 +88,7 @@ INSIDE = {
     "toolkit.generate.estimate": {"token_counter"},
     "toolkit.generate.order": {"find_search", "retriever_of"},
     "toolkit.retrieval.retrievers": {"_sentence_transformer"},
-    "toolkit.retrieval.search": {"_faiss"},
+    "toolkit.retrieval.search": {"faiss_module"},
     "toolkit.data.hub": {"hub_dataset", "first_of_hub"},
     "toolkit.data.source_files": {"_hub_splits"},
     "eval.folders": {"_load_hub_layout"},

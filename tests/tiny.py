@@ -141,7 +141,9 @@ def rows_of(batch: Any, first: int, last: int) -> Any:
     if isinstance(batch, Tokens):
         length = int(batch.attention_mask[first:last].sum(1).max())
         return Tokens(*(t[first:last, :length] for t in batch))
-    return type(batch)(*(rows_of(x, first, last) if isinstance(x, tuple) else x[first:last] for x in batch))
+    if not isinstance(batch, tuple):
+        return None if batch is None else batch[first:last]
+    return type(batch)(*(rows_of(x, first, last) for x in batch))
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -204,8 +206,18 @@ def random_pairs(num_pools: int, pool: int, positives: int, negatives: int, seed
 
 def rows_of_pairs(batch: PairBatch, first: int, last: int) -> PairBatch:
     slots = len(batch.document.input_ids) // len(batch.query.input_ids)
-    document = rows_of(batch.document, first * slots, last * slots)
-    return rows_of(batch._replace(document=batch.query), first, last)._replace(document=document)
+    sides = {"document": batch.document, "surrogate_document": batch.surrogate_document}
+    sides = {name: rows_of(side, first * slots, last * slots) for name, side in sides.items()}
+    return rows_of(batch._replace(document=batch.query), first, last)._replace(**sides)
+
+
+def with_surrogate(batch: PairBatch, seed: int) -> PairBatch:
+    """A batch with a surrogate's vectors: 6 dimensions, documents around their queries, fp16, not of unit length."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(len(batch.weight), 6, generator=generator)
+    near = query.repeat_interleave(len(batch.document.input_ids) // len(query), 0)
+    near = near + 1.5 * torch.randn(near.shape, generator=generator)
+    return batch._replace(surrogate_query=query.half(), surrogate_document=near.half())
 
 
 def random_crops(num_pools: int, pool: int, views: int, seed: int = 0) -> list[CropBatch]:

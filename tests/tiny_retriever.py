@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RobertaTokenizer,
+    T5Tokenizer,
     XLMRobertaTokenizer,
 )
 
@@ -38,11 +39,12 @@ TEXTS = [
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 ENCODERS = {  # bidirectional: model type -> style of tokenizer
     "bert": "wordpiece", "roberta": "roberta", "xlm-roberta": "unigram", "distilbert": "wordpiece",
-    "modernbert": "cls_sep",
+    "modernbert": "cls_sep", "nomic_bert": "wordpiece", "t5": "t5",
 }  # fmt: skip
 TARGETS = {kind: ["q_proj", "down_proj"] for kind in CONFIGS} | {
     "bert": ["query", "key", "value", "dense"], "roberta": ["query", "key", "value", "dense"],
     "xlm-roberta": ["query", "value"], "distilbert": ["q_lin", "lin2"], "modernbert": ["Wqkv", "Wo"],
+    "nomic_bert": ["k_proj", "up_proj"], "t5": ["q", "wo"],
 }  # fmt: skip
 TOKENIZERS = ("plain", "gpt2", "bos", "bos_eos")
 CARD = {
@@ -80,6 +82,10 @@ CASES = {
     "distilbert_lora": Case("distilbert", "wordpiece", True, "mean", False, True, torch.float32),
     "modernbert_lora": Case("modernbert", "cls_sep", True, "mean", True, True, torch.bfloat16),
     "modernbert_full": Case("modernbert", "cls_sep", False, "eos", True, True, torch.float32),
+    "nomic_bert_lora": Case("nomic_bert", "wordpiece", True, "mean", True, True, torch.float32),
+    "nomic_bert_full": Case("nomic_bert", "wordpiece", False, "mean", True, True, torch.bfloat16),
+    "t5_lora": Case("t5", "t5", True, "mean", True, True, torch.bfloat16),
+    "t5_full": Case("t5", "t5", False, "mean", False, True, torch.float32),
 }
 
 
@@ -106,10 +112,13 @@ class Made(NamedTuple):
 def small_tokenizer(style: str) -> Any:
     """Byte-level BPE; special tokens: none, as GPT-2 (ByteLevel), as Llama 3 (also bos), or bos and eos.
 
-    Or a bidirectional encoder's: BERT's, RoBERTa's, XLM-RoBERTa's, or BPE with [CLS] and [SEP] as ModernBERT's.
+    Or a bidirectional encoder's: BERT's, RoBERTa's, XLM-RoBERTa's, T5's, or BPE with [CLS] and [SEP] as ModernBERT's.
     """
     if style == "wordpiece":
         return wordpiece_tokenizer()
+    if style == "t5":
+        pieces = [*("<pad>", "</s>", "<unk>"), *(chr(i) for i in range(33, 127)), "\u2581"]
+        return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
     if style == "unigram":
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         pieces = [*special, *(chr(i) for i in range(33, 127)), "\u2581"]
@@ -143,7 +152,7 @@ def small_tokenizer(style: str) -> Any:
 
 
 def small_model(kind: str, folder: Path, tokenizer: str, tied: bool = False) -> Path:
-    """A folder with a random causal language model, or an encoder as published (with its pooling layer).
+    """A folder with a random causal language model, or an encoder as published (with its pooling layer or decoder).
 
     The vocabulary has room for tokens that a tokenizer class adds.
     """
@@ -153,6 +162,7 @@ def small_model(kind: str, folder: Path, tokenizer: str, tied: bool = False) -> 
     torch.manual_seed(0)
     if kind in ENCODERS:
         sizes |= {"distilbert": {"dim": 32, "hidden_dim": 64}, "modernbert": {"local_attention": 8}}.get(kind, {})
+        sizes |= {"d_ff": 64, "d_kv": 8, "initializer_factor": 2.0} if kind == "t5" else {}
         config = AutoConfig.for_model(kind, pad_token_id=tokenizer_made.pad_token_id, **sizes)
         AutoModel.from_config(config).save_pretrained(folder)
     else:

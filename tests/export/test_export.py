@@ -16,6 +16,7 @@ from tiny_retriever import CASES, TARGETS, TEXTS, Made, make, small_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    T5EncoderModel,
 )
 
 from toolkit.data.tokens import frame
@@ -57,7 +58,9 @@ def test_adapter_loads_by_peft_with_every_weight(made, exports, name, recwarn):
     model, folder = made[name], exports[name]
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == model.base.name
     options = json.loads((folder / "sentence_bert_config.json").read_text())["model_kwargs"]
-    base = AutoModel.from_pretrained(model.base.folder, **options)  # as the model card says
+    loader = T5EncoderModel if model.case.kind == "t5" else AutoModel
+    assert f"base = {loader.__name__}.from_pretrained" in (folder / "README.md").read_text()
+    base = loader.from_pretrained(model.base.folder, **options)  # as the model card says
     assert base.dtype == model.case.dtype
     loaded = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     found = {key: value for key, value in loaded.named_parameters() if "lora_" in key}

@@ -137,7 +137,8 @@ def ours(case: Case, **changes: Any) -> tuple[Found, dict[str, tuple[Tensor, Ten
     unit = F.normalize(query, dim=1), F.normalize(document, dim=1)[order]
     whole = objective.loss(*unit, batch, [])
     pool = objective.pool(*unit, batch)
-    of_rows = objective.info_nce(8, unit[0], unit[1].view(rows, slots, -1), pool, batch, objective.scale()).loss
+    sides = unit[0], unit[1].view(rows, slots, -1), pool, batch, objective.scale(), objective.surrogate(batch, pool)
+    of_rows = objective.info_nce(8, *sides).loss
     # d loss_i / d document_j = scale * (p_ij - t_ij) * query_i
     slopes = torch.stack([torch.autograd.grad(row, unit[1], retain_graph=True)[0] for row in of_rows])
     slopes = (slopes * unit[0][:, None]).sum(-1)[:, order.argsort()].detach() / case.scale

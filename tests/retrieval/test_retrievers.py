@@ -48,6 +48,11 @@ def save(
     return folder / "model"
 
 
+def linear(dim: int, bias: bool = False, seed: int = 1) -> Dense:
+    torch.manual_seed(seed)
+    return Dense(32, dim, bias=bias, activation_function=torch.nn.Identity())
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
@@ -61,6 +66,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
         ("bert", "wordpiece", "cls", True),
         ("roberta", "roberta", "mean", False),
         ("qwen3", "bos_eos", "lasttoken", True),
+        ("nomic_bert", "wordpiece", "mean", True),
+        ("t5", "t5", "mean", True),
     ],
 )
 def test_a_sentence_transformers_folder(kind: str, tokenizer: str, pooling: str, normalize: bool, tmp_path: Path):
@@ -81,6 +88,32 @@ def test_a_sentence_transformers_folder(kind: str, tokenizer: str, pooling: str,
         texts = {str(i): text for i, text in enumerate(TEXTS)}
         vectors = encode(changed, texts, "query", may_collapse=True)  # as the first token of a causal model does
         assert distance(vectors.array(), theirs["query"]) > 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_layer_is_applied_or_left_out(bias: bool, tmp_path: Path):
+    """The parts of GTR: a T5 encoder, mean pooling, a dense layer without activation, normalisation."""
+    folder = save(tmp_path, "t5", "t5", linear(20, bias), Normalize(), pooling="mean")
+    retriever = load_any(str(folder), None, changes(), CPU).retriever
+    model: Any = SentenceTransformer(str(folder), device="cpu")
+    whole = model.encode_document(TEXTS)
+    assert whole.shape[1] == 20 and distance(embed_texts(retriever, TEXTS, "passage"), whole) < 1e-5
+    raw = with_settings(retriever, changes(normalize=False))
+    assert distance(embed_texts(raw, TEXTS, "passage"), whole) > 1e-2
+    assert embed_texts(raw, TEXTS, "passage").shape[1] == 20
+    pooled = load_any(str(folder), None, changes(), CPU, dense=False).retriever
+    bare: Any = SentenceTransformer(modules=list(model)[:2], prompts=model.prompts, device="cpu")
+    plain = with_settings(pooled, changes(normalize=False))
+    assert distance(embed_texts(plain, TEXTS, "passage"), bare.encode_document(TEXTS)) < 1e-5
+    assert len({checkpoint_digest(each) for each in (retriever, pooled, raw)}) == 3
+    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=r"2_Dense: has no model\.safetensors; where you trust"):
+        load_any(str(folder), None, changes(), CPU)
+
+
+def test_a_dense_layer_that_is_not_there_cannot_be_left_out(tmp_path: Path):
+    with pytest.raises(RecipeError, match="has no dense layer that could be left out; remove dense"):
+        load_any(str(save(tmp_path, "bert", "wordpiece")), None, changes(), CPU, dense=False)
 
 
 @pytest.mark.parametrize(("by", "cosine"), [(None, True), ("cosine", True), ("dot", False)])
@@ -123,7 +156,8 @@ def test_our_export_as_sentence_transformers_reads_it(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
-        ([Dense(32, 16)], {}, "consists of Transformer, Pooling (cls), Dense; run are"),
+        ([Dense(32, 16)], {}, "its Dense has activation Tanh; run is a linear layer of the pooled vector alone"),
+        ([Normalize(), linear(32)], {}, "consists of Transformer, Pooling (cls), Normalize, Dense; run are"),
         ([], {"pooling": "max"}, "consists of Transformer, Pooling (max); run are"),
         (
             [],

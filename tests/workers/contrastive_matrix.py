@@ -24,12 +24,12 @@ from revela_matrix import (
     two_steps,
     worst_of_ranks,
 )
-from tiny import models_at, random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of
+from tiny import models_at, random_crops, random_pairs, rows_of_crops, rows_of_pairs, stage_of, with_surrogate
 
 import toolkit.methods.pair_loss
 import toolkit.methods.recontriever.objective
 import toolkit.training.engine as engines
-from toolkit.collectives import rank, sum_over_ranks, world_size
+from toolkit.collectives import gather, rank, sum_over_ranks, world_size
 from toolkit.methods import method_of
 from toolkit.methods.contrastive.objective import Contrastive
 from toolkit.methods.method import Models
@@ -41,12 +41,20 @@ from toolkit.ranks.process_group import start_distributed
 POOL, SEED = 8, 3
 CPU = torch.device("cpu")
 MODULES = (toolkit.methods.pair_loss, toolkit.methods.recontriever.objective)
+
+
+def own_alone(vectors: torch.Tensor) -> torch.Tensor:
+    """Own vectors in every rank's place; keys are gathered as they should be."""
+    return vectors.repeat(world_size(), 1) if vectors.is_floating_point() else gather(vectors)
+
+
 # Mistakes that must be seen: name -> (where, which function, what stands in for it)
 CONTROLS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
     "own_slice_backward": (MODULES, "gather_with_grad", OwnSlice.apply),
     "no_world_size": (MODULES, "pool_mean", lambda own, count, span: own / sum_over_ranks(count)),
     "mean_of_own_rows": (MODULES, "pool_mean", lambda own, count, span: own / count),
     "keys_of_the_query_encoder": ((Momentum,), "in_place", lambda self: nullcontext()),
+    "own_surrogate": ((toolkit.methods.pair_loss,), "gather", own_alone),
     "momentum_stands_still": ((Momentum,), "update", lambda self: None),
 }
 
@@ -87,7 +95,10 @@ def run_case(case: dict[str, Any], folders: dict[str, str], mistake: list[Any]) 
 def make_pools(stage: Any, seed: int) -> list[Any]:
     if isinstance(stage.objective, ReContrieverObjective):
         return random_crops(stage.batch.pools_per_step, POOL, stage.objective.views, seed)
-    return random_pairs(stage.batch.pools_per_step, POOL, stage.data.positives, stage.data.negatives, seed)
+    pools = random_pairs(stage.batch.pools_per_step, POOL, stage.data.positives, stage.data.negatives, seed)
+    if stage.objective.false_negatives is None:
+        return pools
+    return [with_surrogate(pool, seed + number) for number, pool in enumerate(pools)]
 
 
 def own_batches(stage: Any, pools: list[Any]) -> list[Any]:

@@ -23,6 +23,7 @@ def model_card(
     options: dict[str, Any],
     base: str,
     adapter: bool,
+    loader: str = "AutoModel",
     context: ContextSettings | None = None,
 ) -> str:
     """The text of README.md.
@@ -32,9 +33,10 @@ def model_card(
         card: recipe, recipe_digest, stage, method, method_card, data, data_digest, steps, rows_seen, tokens_seen,
             command, seed.
         settings: the encoder's.
-        options: of AutoModel to load it with; "dtype" is the number format of the weights.
+        options: of the loader; "dtype" is the number format of the weights.
         base: folder or hub id of the model it was trained from.
         adapter: whether the folder holds an adapter or full weights.
+        loader: class of transformers that reads it.
         context: how a retriever in two stages reads its context; None for any other.
     """
     parts = [
@@ -43,7 +45,9 @@ def model_card(
         "A dense retriever: it turns a query or a passage into one vector; "
         f"{'their cosine' if settings.normalize else 'their inner product'} says how well they match.\n",
         _facts(card, options["dtype"], base, adapter),
-        _loading(folder, base, options, adapter) if context is None else _loading_with_context(folder, base, context),
+        _loading(folder, base, options, adapter, loader)
+        if context is None
+        else _loading_with_context(folder, base, context),
         _settings(settings),
     ]
     return "\n".join(parts)
@@ -101,19 +105,19 @@ def _facts(card: dict[str, Any], dtype: str, base: str, adapter: bool) -> str:
     return "## How it was made\n\n" + _table(rows)
 
 
-def _loading(folder: Path, base: str, options: dict[str, Any], adapter: bool) -> str:
+def _loading(folder: Path, base: str, options: dict[str, Any], adapter: bool, loader: str) -> str:
     more = "".join(f", {name}={value!r}" for name, value in options.items()).replace("'", '"')
     peft = [
         "from peft import PeftModel",
-        "from transformers import AutoModel",
+        f"from transformers import {loader}",
         "",
-        f"base = AutoModel.from_pretrained({json.dumps(base)}{more})",
+        f"base = {loader}.from_pretrained({json.dumps(base)}{more})",
         f"model = PeftModel.from_pretrained(base, {json.dumps(str(folder))})",
     ]
     plain = [
-        "from transformers import AutoModel",
+        f"from transformers import {loader}",
         "",
-        f"model = AutoModel.from_pretrained({json.dumps(str(folder))}{more})",
+        f"model = {loader}.from_pretrained({json.dumps(str(folder))}{more})",
     ]
     return "\n".join(
         [

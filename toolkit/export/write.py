@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from toolkit.export.card import model_card
 from toolkit.export.sentence_layout import retriever_tokenizer, without_limits, write_layout
 from toolkit.files import replace_text, replacing_folder
-from toolkit.models.backbone import DTYPES, headless, load_adapted, load_encoder_backbone
+from toolkit.models.backbone import DTYPES, headless, headless_class, load_adapted, load_encoder_backbone
 from toolkit.models.contextual import ContextualEncoder
 from toolkit.models.contextual_files import FIRST_FOLDER, is_contextual, load_contextual, write_context
 from toolkit.models.encoder import Encoder
@@ -90,8 +90,9 @@ def write_export(
         write_layout(part, settings, retriever_side, plain.config.hidden_size, options, contextual is not None)
         if contextual is not None:
             _write_two_stages(part, backbone, contextual, base_name, dtype)
+        loader = headless_class(plain.config).__name__
         context = None if contextual is None else contextual.encoder.settings
-        text = model_card(place, card, settings, options, base_name, adapter, context)
+        text = model_card(place, card, settings, options, base_name, adapter, loader, context)
         (part / "README.md").write_text(text, encoding="utf-8")
         record = {"settings": settings.model_dump(), "dtype": dtype_name(dtype), "base": base_name}
         write_record(part, record | {"weights_sha256": _digest(part)})

@@ -32,7 +32,6 @@ class Pool(NamedTuple):
     all_query_keys: Tensor  # int64 [Q, b]
     document_keys: Tensor  # int64 [D, 2], of a document and of the query it is a positive of
     document_owner: Tensor  # int64 [D], key of the query of its row; [0] where no setting asks for it
-    surrogate: Surrogate | None  # of own rows and the pool's documents
 
 
 class PairObjective(Objective):
@@ -51,7 +50,8 @@ class PairObjective(Objective):
         pool = self.pool(query, document, batch)
         document = document.view(len(query), -1, document.shape[-1])  # [rows, positives + negatives, dim]
         scale, sizes = self.scale(), self.settings.matryoshka or [query.shape[-1]]
-        losses = {size: self.info_nce(size, query, document, pool, batch, scale) for size in sizes}
+        surrogate = self.surrogate(batch, pool)
+        losses = {size: self.info_nce(size, query, document, pool, batch, scale, surrogate) for size in sizes}
         loss = torch.stack([part.loss for part in losses.values()]).mean(0)
         weight = batch.weight.to(loss.dtype)
         rows = torch.tensor(float(len(query)), device=query.device)
@@ -78,15 +78,13 @@ class PairObjective(Objective):
         known = torch.where(batch.known_key < 0, batch.query_key[:, None], batch.known_key)
         query_keys = torch.cat([batch.query_key[:, None], known], 1)
         documents = self.of_pool(document)
-        owners = self.owners(batch)
-        filtered = owners, self.surrogate(batch, owners)
         if {"document_to_query", "query_to_query"} & set(self.settings.directions):
             all_query_keys = self.keys_of_pool(query_keys)
             held = _held_by_two(all_query_keys, document_keys)
             keys = _only(query_keys, held), _only(all_query_keys, held), document_keys
-            return Pool(self.of_pool(query), documents, *keys, *filtered)
+            return Pool(self.of_pool(query), documents, *keys, self.owners(batch))
         query_keys = _only(query_keys, _held_by_two(query_keys, document_keys))
-        return Pool(query[:0], documents, query_keys, query_keys[:0], document_keys, *filtered)
+        return Pool(query[:0], documents, query_keys, query_keys[:0], document_keys, self.owners(batch))
 
     def owners(self, batch: PairBatch) -> Tensor:
         """Of every document of the pool the key of its row's query, positive or not: int64 [D]; [0] if nobody asks."""
@@ -95,7 +93,7 @@ class PairObjective(Objective):
         slots = batch.positive_key.shape[1] + batch.negative_key.shape[1]
         return self.keys_of_pool(batch.query_key[:, None]).expand(-1, slots).flatten()
 
-    def surrogate(self, batch: PairBatch, owners: Tensor) -> Surrogate | None:
+    def surrogate(self, batch: PairBatch, pool: Pool) -> Surrogate | None:
         """What the surrogate says of own queries and the pool's documents; its vectors are gathered without gradient.
 
         Raises:
@@ -109,10 +107,17 @@ class PairObjective(Objective):
         document = _unit(batch.surrogate_document)
         columns = gather(document) if self.batch.span == "world" else document
         row = _unit(batch.surrogate_query)
-        return Surrogate(row, columns, _limit(rule, row, document, batch), batch.query_key, owners)
+        return Surrogate(row, columns, _limit(rule, row, document, batch), batch.query_key, pool.document_owner)
 
     def info_nce(
-        self, size: int, query: Tensor, document: Tensor, pool: Pool, batch: PairBatch, scale: Tensor | float
+        self,
+        size: int,
+        query: Tensor,
+        document: Tensor,
+        pool: Pool,
+        batch: PairBatch,
+        scale: Tensor | float,
+        surrogate: Surrogate | None,
     ) -> InfoNCE:
         """Loss of own rows on the first `size` dimensions: query [rows, dim], document [rows, slots, dim]."""
         settings, sides = self.settings, (query, document, pool.queries, pool.documents)
@@ -135,7 +140,7 @@ class PairObjective(Objective):
             absent=pool.document_keys[:, 0] < 0,
             only=None if settings.in_batch_negatives else (own_query, pool.document_owner),
             joint_positives=(own_query, pool.document_keys[:, 1]) if joint else None,
-            surrogate=pool.surrogate,
+            surrogate=surrogate,
             directions=tuple(settings.directions),
             partition=settings.partition,
             margin=settings.false_negative_margin,

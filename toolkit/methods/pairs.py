@@ -1,20 +1,26 @@
 """Rows that are pairs, of several methods: prepared, put in order, and looked at before anything is trained."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig
 
 from toolkit.data.first_look import Look, check_limit, look_at_pairs, no_negatives, too_few
+from toolkit.data.packing import ClusterPlan, pools_of
 from toolkit.data.pairs import PairBatch, PairPlan, PairStore, collate_pairs
 from toolkit.data.stream import Collate, Plan
+from toolkit.data.surrogate import SurrogateVectors
 from toolkit.data.tokens import pad_id
 from toolkit.methods.method import Feed, Lines, Models, Row, StageRun, Tokenizers
 from toolkit.methods.preview import as_tokens
+from toolkit.prepare.clusters import prepare_clusters
 from toolkit.prepare.negatives import with_negatives
 from toolkit.prepare.pairs import prepare_pairs
+from toolkit.prepare.surrogate import surrogate_vectors
 from toolkit.recipe.errors import RecipeError
 from toolkit.recipe.pairs import PairsData, PairSource
 from toolkit.recipe.stage import Stage
@@ -27,18 +33,47 @@ OwnBatches = Callable[[Plan, PairStore, PairsData, Collate], Collate]
 
 
 def open_pairs(run: StageRun, models: Models, tokenizer: Any, own_batches: OwnBatches | None = None) -> Feed:
-    """The pairs of a stage; mined first, where the recipe asks for it."""
+    """The pairs of a stage; mined first, and looked at by a surrogate, where the recipe asks for it."""
     stage = run.stage
     previous = None if run.before is None else run.before / "export"
     data = with_negatives(stage.data, previous, run.run, run.seed, run.device)
     # Limits draw by the recipe's seed, so that those of several stages are nested.
     store = prepare_pairs(data, stage.encoder_settings, models.retriever.folder, run.run, run.seed)
-    weights = [source.weight for source in data.sources if source.weight is not None]
-    plan = PairPlan(store.sizes, weights or None, stage.batch.pool, data.mix, run.data_seed)
     slots = {"positives": data.positives, "negatives": data.negatives}
-    collate = partial(_collate, store, slots | {"seed": run.data_seed, "pad_id": pad_id(tokenizer)})
+    plan, digest = _plan(run, data, store, previous)
+    vectors = _surrogate(run, data, store, previous)
+    if vectors is not None:
+        digest = _digest(digest, vectors.digest)
+    settings = {"seed": run.data_seed, "pad_id": pad_id(tokenizer), "surrogate": vectors and vectors[:2]}
+    collate = partial(_collate, store, slots | settings)
     collate = collate if own_batches is None else own_batches(plan, store, data, collate)
-    return Feed(plan, collate, len(store), "pairs", store.digest, store.examples)
+    return Feed(plan, collate, len(store), "pairs", digest, store.examples)
+
+
+def _plan(run: StageRun, data: PairsData, store: PairStore, previous: Path | None) -> tuple[Plan, str]:
+    """The order of the rows, and a digest of all that decides it besides the seed."""
+    pool, packing = run.stage.batch.pool, data.packing
+    if packing is None:
+        weights = [source.weight for source in data.sources if source.weight is not None]
+        return PairPlan(store.sizes, weights or None, pool, data.mix, run.data_seed), store.digest
+    within = packing.within or "all"
+    pools_of(store.sizes, pool, within)  # an error comes before hours of embedding
+    clusters = prepare_clusters(data, store, previous, run.run, run.seed, run.device)
+    plan = ClusterPlan(clusters, pool, packing.walk, within, run.data_seed)
+    return plan, _digest(store.digest, clusters.digest)
+
+
+def _surrogate(run: StageRun, data: PairsData, store: PairStore, previous: Path | None) -> SurrogateVectors | None:
+    """The vectors by which the objective finds false negatives; None if it does not."""
+    rule = run.stage.objective.false_negatives
+    if rule is None:
+        return None
+    at = "objective.false_negatives.surrogate"
+    return surrogate_vectors(rule.surrogate, data, store, previous, run.run, run.seed, run.device, at)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _collate(store: PairStore, settings: dict[str, Any], pool: int, places: np.ndarray, rows: np.ndarray) -> PairBatch:
@@ -83,9 +118,12 @@ def pair_epochs(stage: PairStage, seed: int, counts: list[int], looks: list[Look
     data, batch = stage.data, stage.batch
     sizes = [min(n, source.limit or n) for n, source in zip(counts, data.sources, strict=True)]
     weights = [source.weight for source in data.sources if source.weight is not None]
-    plan = PairPlan(sizes, weights or None, batch.pool, data.mix, seed)
-    epochs = stage.optim.steps * batch.pools_per_step / plan.pools_per_epoch
-    longest = " of the source that lasts longest" if len(sizes) > 1 else ""
+    if data.packing is None:
+        of_an_epoch = PairPlan(sizes, weights or None, batch.pool, data.mix, seed).pools_per_epoch
+    else:
+        of_an_epoch = pools_of(sizes, batch.pool, data.packing.within or "all")
+    epochs = stage.optim.steps * batch.pools_per_step / of_an_epoch
+    longest = " of the source that lasts longest" if len(sizes) > 1 and data.packing is None else ""
     return f"{epochs:.2f}{longest} (more if rows lack a query or positive: they are left out)"
 
 

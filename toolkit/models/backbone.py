@@ -23,11 +23,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
+    T5EncoderModel,
     logging,
 )
 
 from toolkit.models.adapters import LoraSettings, check_continued, check_fit, fill, with_adapter
-from toolkit.models.formats import check_report, lacks_weights, say_own_class, warn_once
+from toolkit.models.formats import check_report, lacks_weights, say_decoder, say_own_class, warn_once
+from toolkit.models.own_names import check_own_names
 
 # Every rank and every reload would print a bar, an encoder's missing head would be reported as a fault, and libraries
 # would remind one another's authors of renamed functions.
@@ -38,14 +40,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 CAUSAL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # causal language models; without their head, retrievers
-ENCODER_TYPES = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "distilbert",
-    "modernbert",
-    "nomic_bert",
-)  # bidirectional: retrievers only
+# Bidirectional: retrievers only. Of T5 the encoder alone.
+ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic_bert", "t5")
 POOLING_LAYER = ("bert", "roberta", "xlm-roberta")  # come with a layer on the first token that no retriever reads
 
 
@@ -58,7 +54,7 @@ def load_encoder_backbone(folder: str | Path, dtype: torch.dtype, device: torch.
     """
     config = read_config(folder)
     _check_direction(config, folder)
-    return _load(AutoModel, folder, config, dtype, "sdpa").to(device)
+    return _load(headless_class(config), folder, config, dtype, "sdpa").to(device)
 
 
 def load_adapted(base: str | Path, adapter: Path, dtype: torch.dtype, device: torch.device | str) -> PeftModel:
@@ -98,17 +94,19 @@ def _load(auto: Any, folder: str | Path, config: PretrainedConfig, dtype: torch.
             trust_remote_code=False,  # by default transformers asks at the terminal
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
-            **(headless(config) if auto is AutoModel else {}),
+            **({} if auto is AutoModelForCausalLM else headless(config)),
         )
-    say_own_class(model, auto.__name__, folder)
+    say_own_class(model, _auto_name(auto), folder)
     check_report(model, report, folder)
+    say_decoder(model, Path(folder))
     return model
 
 
 def check_weights(folder: Path) -> None:
     """check_report of a folder whose model another library loads; nothing is allocated."""
     with _readable(folder):
-        model, report = AutoModel.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, report = headless_class(config).from_pretrained(
             folder,
             device_map="meta",
             use_safetensors=True,
@@ -117,8 +115,10 @@ def check_weights(folder: Path) -> None:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    check_own_names(config, folder)
     say_own_class(model, "AutoModel", folder)
     check_report(model, report, folder)
+    say_decoder(model, folder)
 
 
 def check_adapter(base: str, folder: Path) -> None:
@@ -127,9 +127,26 @@ def check_adapter(base: str, folder: Path) -> None:
     with _readable(base):
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModel.from_config(config, **headless(config))
+            model = _without_weights(config)
+    check_own_names(config, base)
     say_own_class(model, "AutoModel", base)
     check_fit(model, folder)
+
+
+def _auto_name(auto: Any) -> str:
+    """The key of an auto_map that names a class in place of this one."""
+    return "AutoModelForCausalLM" if auto is AutoModelForCausalLM else "AutoModel"
+
+
+def _without_weights(config: PretrainedConfig) -> Any:
+    """A headless model of random weights."""
+    found = headless_class(config)
+    return found.from_config(config, **headless(config)) if found is AutoModel else found(config)
+
+
+def headless_class(config: PretrainedConfig) -> Any:
+    """What reads a text as a retriever; of T5, AutoModel would be the decoder too."""
+    return T5EncoderModel if config.model_type == "t5" else AutoModel
 
 
 def headless(config: PretrainedConfig) -> dict[str, bool]:
@@ -187,10 +204,9 @@ def _readable(folder: str | Path) -> Iterator[None]:
 def on_meta(config: PretrainedConfig, causal: bool) -> nn.Module:
     """The model of a config without memory (all parameters on the meta device); ValueError as where it is loaded."""
     (_check_causal if causal else _check_direction)(config, str(config.name_or_path))
-    auto: Any = AutoModelForCausalLM if causal else AutoModel
     with torch.device("meta"):
-        model = auto.from_config(config, **({} if causal else headless(config)))
-    say_own_class(model, auto.__name__, str(config.name_or_path))
+        model: Any = AutoModelForCausalLM.from_config(config) if causal else _without_weights(config)
+    say_own_class(model, "AutoModelForCausalLM" if causal else "AutoModel", str(config.name_or_path))
     return model
 
 
@@ -205,6 +221,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         if found in supported:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config is not None:
+        check_own_names(config, folder)
         _check_padding(config, folder)
         return config
     raise ValueError(f"{folder}: model type {found!r} is not supported; use one of {', '.join(supported)}")

@@ -68,7 +68,7 @@ class ContextualEncoder(Encoder):
         if settings.form == "tokens" and width != dim:
             raise ValueError(
                 f"context vectors of width {width} cannot enter a backbone of width {dim} as token embeddings; set "
-                f'objective.context.width to {dim}, or its form to "projected"'
+                f'context.width to {dim}, or its form to "projected"'
             )
         self.width, self.dim = width, dim
         self.first_head = nn.Sequential(nn.Linear(deep, deep), nn.GELU(), nn.Linear(deep, width))
@@ -184,14 +184,16 @@ def mean_norm(backbone: Any) -> float:
 
 
 def check_form(settings: ContextSettings, config: Any, pooling: str) -> None:
-    """Raise ValueError, with the key below the stage, for settings that do not fit a second stage's backbone."""
-    causal, at = config.model_type in CAUSAL_TYPES, "objective.context"
+    """Raise ValueError, with the key below the section, for settings that do not fit a second stage's backbone."""
+    causal, at = config.model_type in CAUSAL_TYPES, "context"
     consecutive = settings.positions == "consecutive"
     if settings.size % settings.vectors_per_document:
         raise ValueError(
             f"{at}.vectors_per_document: {settings.vectors_per_document} vectors a document do not make up "
             f"{settings.size}; change it, or size"
         )
+    if config.model_type == "t5":
+        raise ValueError(f"{at}: t5 gives no token a position of its own; it can be the first stage alone")
     if causal and settings.form == "tokens":
         raise ValueError(f'{at}.form: tokens is for encoders, and {config.model_type} is causal; write "projected"')
     if settings.form == "flattened" and not causal:

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from toolkit.ranks.last_words import is_first_rank, notice
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -91,6 +93,18 @@ def say_own_class(model: Any, auto: str, folder: str | Path) -> None:
             f"warning: {folder}: config.json names a class of its own ({own}), whose code is not run; the standard "
             f"{type(model).__name__} is used, so check that its {what} are those published"
         )
+
+
+def say_decoder(model: Any, folder: Path) -> None:
+    """Say once that the weights of a folder hold a decoder, where the model is an encoder without one (T5)."""
+    if model.config.model_type != "t5":
+        return
+    left_out = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            left_out += sum(name.startswith(("decoder.", "lm_head.")) for name in file.keys())  # noqa: SIM118 (no mapping)
+    if left_out:
+        warn_once(f"note: {folder}: {left_out} weights of a decoder are left out; the encoder alone is read")
 
 
 def _line(folder: Path, found: str, code: str) -> str:

@@ -5,8 +5,10 @@ from transformers import PretrainedConfig
 LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "distilbert")  # an embedding per position, so a longest input
 
 
-def longest_input(config: PretrainedConfig) -> int:
-    """The most tokens that a retriever has positions for."""
+def longest_input(config: PretrainedConfig) -> int | None:
+    """The most tokens that a retriever has positions for; None: its positions are relative, and have no end (T5)."""
+    if config.model_type == "t5":
+        return None
     # RoBERTa's first token has the position after that of padding
     taken = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
     return config.max_position_embeddings - taken
@@ -20,7 +22,7 @@ def check_length(
     `keys`: what the user has to set instead.
     """
     positions = longest_input(config)
-    if config.model_type in LEARNED_POSITIONS and max_tokens > positions:
+    if positions is not None and config.model_type in LEARNED_POSITIONS and max_tokens > positions:
         raise ValueError(
             f"the model ({config.model_type}) has learned positions for {positions} tokens; set {keys} to at most "
             f"{positions} (found {max_tokens})"

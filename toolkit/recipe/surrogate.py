@@ -35,6 +35,11 @@ class RetrieverSurrogate(Section):
     passage_prefix: str | None = Field(None, description="Instead of the retriever's own, spaces included.")
     max_tokens: Length | None = Field(None, description="Longest input in tokens instead of the retriever's own.")
     pooling: Pooling | None = Field(None, description="Instead of the retriever's own.")
+    dense: bool = Field(
+        True,
+        description="false: the dense layer after the pooling of a sentence-transformers model is left out, as CDE "
+        "(2410.02525) reads GTR; its normalisation is a key of its own.",
+    )
     normalize: bool | None = Field(
         None, description="Instead of the retriever's own; false: vectors are not scaled to unit length."
     )

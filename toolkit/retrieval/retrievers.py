@@ -35,8 +35,11 @@ from toolkit.recipe.models import EncoderSettings
 from toolkit.retrieval.settings import changed
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+DENSE_FILES = ["*_Dense/model.safetensors"]
 NOT_FILES = ["*/*.safetensors", "consolidated*", "*.bin", "*.py", "onnx/*", "openvino/*"]
 COSINE_LIMIT = {torch.float32: 1e-5}  # to sentence-transformers' own vectors; other number formats: 1e-3
+_PARTS = ["Transformer", "Pooling"]  # and then, each or none, in this order:
+_MORE_PARTS = ([], ["Normalize"], ["Dense"], ["Dense", "Normalize"])
 CHECKED = ("a", "Which plants turn light into sugar?", "Leaves do. " * 10, "Light falls on leaves, " * 300)
 
 
@@ -47,13 +50,14 @@ class Loaded(NamedTuple):
     prompts: dict[str, str]
 
 
-def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torch.device) -> Loaded:
+def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torch.device, dense: bool = True) -> Loaded:
     """A retriever by folder or hub id, in eval mode; every rank calls it.
 
     Args:
         what: an export, a sentence-transformers model, an adapter (with the name of its base) or a base model.
         adapter: folder or hub id of an adapter for the base model `what`.
         changes: a base model names neither pooling, normalisation nor length, so these must.
+        dense: False leaves out the dense layer that a sentence-transformers model has after its pooling.
 
     Raises:
         RecipeError: for what is none of these, damaged, or cannot be run here; one line with the fix.
@@ -66,7 +70,16 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     if base is not None:
         added = folder
     of = folder if base is None else find_retriever(base)
-    return on_every_rank(lambda: _load(what, of, added, changes, device))
+    loaded = on_every_rank(lambda: _load(what, of, added, changes, device))
+    return loaded if dense else loaded._replace(retriever=on_every_rank(lambda: _without_dense(what, loaded.retriever)))
+
+
+def _without_dense(what: str, retriever: Retriever) -> Retriever:
+    encoder, settings = retriever.encoder, retriever.settings
+    if encoder.dense is None:
+        raise RecipeError(f"{what}: has no dense layer that could be left out; remove dense")
+    plain = Encoder(encoder.backbone, settings.pooling, settings.normalize, settings.truncate_dim).eval()
+    return retriever._replace(encoder=plain)
 
 
 def _load(what: str, folder: Path, adapter: Path | None, changes: EvalSettings, device: torch.device) -> Loaded:
@@ -95,6 +108,12 @@ def _check_transformer(folder: Path) -> None:
             if problem := lacks_weights(place):
                 raise RecipeError(problem)
             check_weights(place)
+    for place in folder.glob("*_Dense"):
+        if not (place / "model.safetensors").is_file():
+            raise RecipeError(
+                f"{place}: has no model.safetensors; where you trust its pytorch_model.bin, load the whole model with "
+                "sentence-transformers, save it again (save_pretrained), and name that folder"
+            )
 
 
 def _check_flag(what: str, config: Any, changes: EvalSettings) -> None:
@@ -138,6 +157,8 @@ def _snapshot(hub: str) -> str:
         found = snapshot_download(hub, allow_patterns=FILES, ignore_patterns=NOT_FILES)
         if is_contextual(Path(found)):  # its first stage, and a context
             snapshot_download(hub, allow_patterns=[f"{FIRST_FOLDER}/*", str(KEPT)], ignore_patterns=["*.bin", "*.py"])
+        if any(Path(found).glob("*_Dense")):
+            snapshot_download(hub, allow_patterns=DENSE_FILES)
         return found
     except (OSError, ValueError, HTTPError) as error:  # the hub's own errors are kinds of these
         problem = hub_problem(hub, error, "name that")
@@ -191,16 +212,17 @@ def _sentence_transformer(what: str, folder: Path, changes: EvalSettings, device
         raise RecipeError(f"{what}: sentence-transformers cannot load it ({reason}); mend the folder") from None
     modules: list[Any] = list(model)
     names = [type(module).__name__ for module in modules]
-    known = names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+    known = names[:2] == _PARTS and names[2:] in _MORE_PARTS
     if not known or modules[1].pooling_mode not in OUR_POOLING:
         parts = [
             f"{name} ({module.pooling_mode})" if name == "Pooling" else name
             for name, module in zip(names, modules, strict=True)
         ]
         raise RecipeError(
-            f"{what}: consists of {', '.join(parts)}; run are a Transformer, Pooling by {', '.join(OUR_POOLING)}, and "
-            "Normalize, so export it without the other parts"
+            f"{what}: consists of {', '.join(parts)}; run are a Transformer, Pooling by {', '.join(OUR_POOLING)}, "
+            "Dense and Normalize, so export it without the other parts"
         )
+    dense = _dense(what, modules[2]) if "Dense" in names else None
     similarity = _similarity(what, model, names)
     tokenizer = modules[0].tokenizer  # the model's own, so that it cuts and pads on the right in the comparison below
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -223,10 +245,20 @@ def _sentence_transformer(what: str, folder: Path, changes: EvalSettings, device
     settings = settings.model_copy(update={"truncate_dim": model.truncate_dim})
     backbone: Any = modules[0].auto_model
     fit_tokenizer(tokenizer, backbone.config, what)
-    encoder = Encoder(backbone, pooling, normalize, model.truncate_dim).eval()
+    encoder = Encoder(backbone, pooling, normalize, model.truncate_dim, dense).eval()
     retriever = Retriever(encoder, tokenizer, settings)
     _check_same(what, retriever, model)
     return Loaded(retriever, named)
+
+
+def _dense(what: str, module: Any) -> Any:
+    """The linear layer of a Dense; RecipeError for one that does more than that."""
+    activation = type(module.activation_function).__name__
+    plain = module.module_input_name == module.module_output_name == "sentence_embedding" and not module.use_residual
+    if activation != "Identity" or not plain:
+        extra = f"activation {activation}" if plain else "other inputs and outputs than the pooled vector"
+        raise RecipeError(f"{what}: its Dense has {extra}; run is a linear layer of the pooled vector alone")
+    return module.linear
 
 
 def _similarity(what: str, model: Any, names: list[str]) -> str:
@@ -251,6 +283,10 @@ def _longest(what: str, model: Any, changes: EvalSettings) -> int:
     wanted, usable = model.max_seq_length, longest_input(config)
     if changes.max_tokens is not None:
         return changes.max_tokens
+    if usable is None:
+        if wanted is None:
+            raise RecipeError(f"{what}: names no longest input, and its positions have no end; add --max-tokens")
+        return int(wanted)
     if wanted is not None and wanted > usable and rank() == 0:
         note = above_positions(wanted, usable, "sentence_bert_config.json or tokenizer_config.json")
         print(f"note: {what}: {note}", file=sys.stderr, flush=True)

@@ -140,10 +140,11 @@ def _first_pass(k: int, cuda: bool) -> FirstPass:
         return _first_faiss
     if k > GPU_ROWS or find_spec("faiss") is None:
         return _first_torch
-    return _first_faiss_gpu if _faiss().get_num_gpus() > 0 else _first_torch  # the CPU's build counts none
+    return _first_faiss_gpu if faiss_module().get_num_gpus() > 0 else _first_torch  # the CPU's build counts none
 
 
-def _faiss() -> Any:
+def faiss_module() -> Any:
+    """The faiss module; ImportError, with the fix, where it is missing or damaged."""
     try:
         import faiss  # here, since its absence is told only to those who search with it
     except (ImportError, RuntimeError) as error:  # RuntimeError: a GPU build without NVIDIA's libraries
@@ -154,7 +155,7 @@ def _faiss() -> Any:
 
 
 def _first_faiss(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
-    faiss = _faiss()
+    faiss = faiss_module()
     return _in_a_heap(
         queries, shards, k, lambda block, few: faiss.knn(queries, block, few, metric=faiss.METRIC_INNER_PRODUCT)
     )
@@ -162,7 +163,7 @@ def _first_faiss(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.n
 
 def _first_faiss_gpu(queries: np.ndarray, shards: list[Shard], k: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Products of fp32 vectors are fp32's: faiss 1.15 gives cuBLAS a math mode without TF32, and cuVS is not asked."""
-    faiss, device = _faiss(), torch.cuda.current_device()
+    faiss, device = faiss_module(), torch.cuda.current_device()
     torch.cuda.empty_cache()  # what training has left in torch's pool is not there for faiss
     resources, metric = faiss.StandardGpuResources(), faiss.METRIC_INNER_PRODUCT
     return _in_a_heap(
@@ -180,7 +181,7 @@ def _in_a_heap(
     knn: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """A first pass by a search of one block of vectors."""
-    heap, largest = _faiss().ResultHeap(len(queries), k, keep_max=True), 0.0
+    heap, largest = faiss_module().ResultHeap(len(queries), k, keep_max=True), 0.0
     for before, block in blocks(shards, _rows(BLOCK_BYTES, queries, np.float32), np.float32):
         scores, rows = knn(block, min(k, len(block)))
         heap.add_result(scores, rows + before)

@@ -21,6 +21,7 @@ MODEL = {
     "arch": ["llama", "bert"],
     "pooling": ["eos", "mean"],
 }
+SURROGATE = {"by": "previous"}
 CONTRASTIVE = {
     "slots": [{}, {"negatives": 2}, {"positives": 2, "negatives": 1}],
     "objective": [
@@ -31,6 +32,13 @@ CONTRASTIVE = {
             "partition": "joint",
         },
         {"false_negative_margin": 0.05, "false_negative_threshold": 0.9, "matryoshka": [32, 12]},
+        {"false_negatives": {"surrogate": SURROGATE, "rule": "relative", "eps": 0.1}, "matryoshka": [32, 12]},
+        {
+            "false_negatives": {"surrogate": SURROGATE, "rule": "absolute", "cut": 0.5},
+            "equal_queries": "joint",
+            "learn_temperature": True,
+        },
+        {"in_batch_negatives": False, "equal_queries": "joint"},
     ],
 }
 QUEUE = {"size": 192, "momentum": 0.9, "dtype": "fp32"}
@@ -70,8 +78,10 @@ def as_case(method: str, number: int, factors: dict[str, Any]) -> dict[str, Any]
 
 
 def allowed(case: dict[str, Any]) -> bool:
-    """A queue at ZeRO-3 with all parameters is refused by the recipe."""
+    """Not what the recipe refuses: a queue at ZeRO-3 with all parameters, and rows without any negative."""
     changes = case["changes"]
+    if changes.get("objective__in_batch_negatives") is False and not changes.get("data__negatives"):
+        return False
     return not (changes["zero__stage"] == 3 and changes["lora"] is None and case["keep_persistent"])
 
 
@@ -107,6 +117,8 @@ def controls(precisions: tuple[bool, ...]) -> list[dict[str, Any]]:
     names = ("own_slice_backward", "no_world_size", "mean_of_own_rows")
     found = [as_case("contrastive", 0, factors | {"objective": {}}) | {"control": name} for name in names]
     in_batch = as_case("recontriever", 0, factors | {"objective": {"queue": None}, "normalize": True})
+    filtered = as_case("contrastive", 0, factors | {"objective": CONTRASTIVE["objective"][4]})
+    found += [filtered | {"control": "own_surrogate"}]
     queue = as_case("recontriever", 0, factors | {"objective": {"queue": QUEUE}, "normalize": True})
     found += [in_batch | {"control": name} for name in names[:2]]
     found += [queue | {"control": name} for name in ("keys_of_the_query_encoder", "momentum_stands_still")]

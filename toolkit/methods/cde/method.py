@@ -116,6 +116,9 @@ def _fit(stage: CdeStage, configs: dict[str, PretrainedConfig]) -> None:
     first, adapter = configs.get("first_stage", config), stage.objective.first_stage.adapter
     try:
         check_form(context, config, stage.encoder.pooling or "mean")
+    except ValueError as error:
+        raise RecipeError(f"objective.{error}") from None
+    try:
         check_length(first, context.max_tokens, "objective.context.max_tokens")
         if context.form == "projected":
             check_window(config, stage.encoder.max_tokens or 1)
