@@ -73,9 +73,7 @@ def _clusters(recipe: Recipe, index: int, counts: list[int | None]) -> Lines:
     data = recipe.stages[index].data
     if not isinstance(data, PairsData) or data.clusters is None:
         return []
-    if None in counts:
-        return [("clusters", "not known: not all rows are counted")]
-    sizes = [min(n or 0, source.limit or n or 0) for n, source in zip(counts, data.sources, strict=True)]
+    sizes = [n if n is None else min(n, source.limit or n) for n, source in zip(counts, data.sources, strict=True)]
     try:
         return clusters_ahead(data.clusters, sizes)
     except RecipeError as error:

@@ -155,6 +155,27 @@ def texts_of(side) -> list[str]:
     return rows
 
 
+def test_a_batch_fetches_a_surrogates_vectors_of_its_texts(tmp_path: Path):
+    """From memory maps, whose rows are the texts by their numbers; also of texts that were drawn."""
+    store, shape = make_store(tmp_path / "a", many(), [("", "")]), {"positives": 2, "negatives": 3}
+    draw = np.random.default_rng(0)
+    for side, count in (("query", len(store.query)), ("document", len(store.document))):
+        np.save(tmp_path / f"{side}.npy", draw.normal(size=(count, 4)).astype(np.float16))
+    vectors = [np.load(tmp_path / f"{side}.npy", mmap_mode="r") for side in ("query", "document")]
+    rows, places = np.array([5, 33, 62, 0]), np.arange(4)
+    batch = collate_pairs(store, rows, 3, places, **shape, seed=1, pad_id=0, surrogate=(vectors[0], vectors[1]))
+    assert batch.surrogate_query is not None and batch.surrogate_document is not None
+    number = {int(key): n for n, key in enumerate(store.document_key)}
+    keys = torch.cat([batch.positive_key, batch.negative_key], 1).flatten().tolist()
+    for key, vector in zip(keys, batch.surrogate_document, strict=True):
+        assert key < 0 or np.array_equal(vector.numpy(), vectors[1][number[key]])
+    assert any(key >= 0 for key in keys) and len(keys) == 4 * 5
+    assert np.array_equal(batch.surrogate_query.numpy(), vectors[0][store.query_of_row[rows]])
+    assert batch.surrogate_query.dtype == torch.float16
+    plain = batch_of(store, rows)
+    assert plain.surrogate_query is None and plain.surrogate_document is None
+
+
 def test_a_batch_holds_what_the_rows_hold(tmp_path: Path):
     """Against the records themselves, with slots for all texts."""
     records = many()

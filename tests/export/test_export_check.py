@@ -28,7 +28,7 @@ def exports(made, tmp_path_factory) -> dict[str, Path]:
 def test_sentence_transformers_in_a_fresh_process_gives_the_live_vectors(made, exports):
     folders = dict(exports)
     folders |= {f"{name}/merged": path / "merged" for name, path in exports.items() if made[name].case.lora}
-    assert len(folders) == 15 + 8
+    assert len(folders) == 19 + 10
     loaded = encode_in_fresh_process(list(folders.values()), TEXTS, "cpu")
     for (name, path), vectors in zip(folders.items(), loaded, strict=True):
         live, dtype = made[name.split("/")[0]].live, json.loads((path / "export.json").read_text())["dtype"]

@@ -49,10 +49,11 @@ def test_exported_tokenizer_of_an_encoder_gives_the_ids_of_tokenize(style, tmp_p
     retriever_tokenizer(tokenizer, settings).save_pretrained(tmp_path)
     exported = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert (exported.padding_side, exported.pad_token_id) == ("right", tokenizer.pad_token_id)
-    assert (exported.eos_token_id, len(exported)) == (tokenizer.sep_token_id, len(tokenizer))
-    first, last = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    # [CLS] text [SEP], or, as T5 does, no first token and an end token
+    first, last = ([], tokenizer.eos_token_id) if style == "t5" else ([tokenizer.cls_token_id], tokenizer.sep_token_id)
+    assert (exported.eos_token_id, len(exported)) == (last, len(tokenizer))
     plain = tokenizer(["find: " + text for text in TEXTS], add_special_tokens=False)["input_ids"]
-    wanted = [first + ids[:10] + last for ids in plain]
+    wanted = [[*first, *ids[: 12 - len(first) - 1], last] for ids in plain]
     batch = exported(["find: " + text for text in TEXTS], truncation=True)
     assert batch["input_ids"] == tokenize(tokenizer, TEXTS, "find: ", 12, True) == wanted
     assert "token_type_ids" not in batch  # Encoder passes none either

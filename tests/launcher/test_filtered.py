@@ -1,4 +1,4 @@
-"""A stage that leaves out false negatives by a surrogate, in this process on one rank: trained, and resumed."""
+"""A stage that leaves out false negatives by a surrogate: trained, resumed, and the same on two ranks as on one."""
 
 import functools
 import json
@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import pooled
 from golden import write_library
 from in_process import start
 from recipe_changes import RECIPES
 from safetensors.torch import load_file
+from surrogates import rows_of_topics, write_source
+from tiny import save_model
 
 from toolkit.data import stdlib_corpus
 
@@ -43,7 +46,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "rule",
-    [{"surrogate": PREVIOUS, "rule": "relative", "eps": 0.0}, {"surrogate": BM25, "rule": "absolute", "cut": 0.5}],
+    [{"surrogate": PREVIOUS, "rule": "relative", "eps": 0.0}, {"surrogate": BM25, "rule": "absolute", "cut": 0.05}],
     ids=["previous", "bm25"],
 )
 @pytest.mark.usefixtures("made_up_corpus")
@@ -80,3 +83,36 @@ def test_the_masks_change_the_loss_and_nothing_else(tmp_path: Path, monkeypatch:
     assert found["all"]["masked"] == found["all"]["rows_all_masked"] == 1 and found["all"]["loss"] == 0
     assert found["none"]["masked"] == found["none"]["rows_all_masked"] == 0 and found["none"]["loss"] > 0
     assert found["all"]["rows"] == found["none"]["rows"]
+
+
+def test_two_ranks_leave_out_what_one_does(tmp_path: Path) -> None:
+    """From the files of the pairs on, in pools that span the ranks: the same rows, masks and losses."""
+    model, source = save_model(tmp_path / "model", "bert"), write_source(tmp_path / "pairs", rows_of_topics(40))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # drawn anew on each rank
+    (model / "config.json").write_text(json.dumps(config))
+    encoder = {"pooling": "mean", "normalize": True, "append_eos": None, "query_prefix": "", "passage_prefix": ""}
+    recipe = recipe_with({"surrogate": {"by": "bm25", "text": "prose", "svd": 8}, "rule": "relative", "eps": 0.0})
+    stage = recipe["stages"][1] | {
+        "start": {"folder": str(model)},
+        "encoder": encoder | {"max_tokens": 32, "eval_max_tokens": 32},
+        "lora": None,
+        "data": {"sources": [source], "negatives": 1},
+        "optim": recipe["stages"][1]["optim"] | {"steps": 2},
+        "export": {"merged": False},
+    }
+    stage["objective"] |= {"equal_queries": "joint"}
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        path = folder / "recipe.json"
+        path.write_text(json.dumps(recipe | {"stages": [stage]}))
+        done = pooled("launcher/run.py", ranks, str(path), "--output", str(folder / "runs" / "run"), timeout=500)
+        assert done.returncode == 0, done.stderr
+        found[ranks] = logged(folder / "runs" / "run")
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one["rows"] == two["rows"] and 0 < one["masked"] < 1
+        assert one["masked"] == pytest.approx(two["masked"], rel=1e-12)
+        assert one["rows_all_masked"] == two["rows_all_masked"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-5) and one["loss"] > 0

@@ -16,8 +16,14 @@ from toolkit.export.write import read_settings
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
-def test_the_start_scores_as_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    base = small_model("bert", tmp_path / "base", "wordpiece")
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"),
+    [("bert", "wordpiece"), ("t5", "t5"), pytest.param("nomic_bert", "wordpiece", marks=pytest.mark.full)],
+)
+def test_the_start_scores_as_the_model_itself(
+    kind: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    base = small_model(kind, tmp_path / "base", tokenizer)
     model = SentenceTransformer(
         modules=[Transformer(str(base), max_seq_length=24), Pooling(32, "mean"), Normalize()],
         prompts={"query": "find: ", "document": "text: "},

@@ -63,6 +63,27 @@ def test_a_tiny_recipe_trains_and_exports(method: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("made_up_corpus")
+def test_golden_losses_of_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Both adapters of one backbone move, and its export is the model that was trained, with a context and without."""
+    recipe = json.loads((RECIPES / "tiny" / "cde.json").read_text())
+    assert start(tmp_path, recipe, monkeypatch, checked=True) == 0, capsys.readouterr().err
+    check_golden("cde", tmp_path / "run")
+    folder = tmp_path / "run" / "stage_1_contextual"
+    adapters = [load_file(folder / "export" / part / "adapter_model.safetensors") for part in ("", "first")]
+    for adapter in adapters:
+        moved = [name for name, weight in adapter.items() if "lora_B" in name and bool(weight.any())]
+        assert len(moved) == 2 * 2  # the adapters of two layers, zero before training
+    check = json.loads((folder / "export" / "export.json").read_text())["check"]["figures"]
+    assert {"query", "passage", "query_in_context", "passage_in_context"} <= check.keys()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in logged if line["stage"] == "contextual"]
+    assert {"accuracy", "temperature", "padding", "context_repeated"} <= steps[0].keys()
+    assert all(step["tokens_prefix"] == 2 * (6 + 8) for step in steps)  # of two pools, once for all their texts
+    sides = ("tokens_query", "tokens_document", "tokens_context")
+    assert all(step["tokens"] == sum(step[side] for side in sides) for step in steps)
+
+
+@pytest.mark.usefixtures("made_up_corpus")
 def test_golden_losses_of_revela_and_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     recipe = json.loads((RECIPES / "tiny" / "revela.json").read_text())
     assert start(tmp_path, recipe, monkeypatch) == 0, capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.losses.contrastive import Negatives, cross_entropy, negatives, relevance_weights, smoothed
+from toolkit.losses.masks import Surrogate
 
 ROWS, COLUMNS, DIM = 23, 17, 6
 
@@ -21,7 +22,9 @@ def gap(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float(g) if g.isfinite() else float("inf") for g in gaps)
 
 
-def plain(rows, columns, scale, row_keys=None, column_keys=None, limit=None, absent=None, **_) -> Negatives:
+def plain(
+    rows, columns, scale, row_keys=None, column_keys=None, limit=None, absent=None, only=None, surrogate=None, **_
+) -> Negatives:
     raw = rows @ columns.T
     left_out = torch.zeros(raw.shape, dtype=torch.bool)
     if row_keys is not None and column_keys is not None:
@@ -30,15 +33,23 @@ def plain(rows, columns, scale, row_keys=None, column_keys=None, limit=None, abs
         left_out |= raw > limit[:, None]
     if absent is not None:
         left_out |= absent
+    if only is not None:
+        left_out |= only[0][:, None] != only[1]
+    masked = None
+    if surrogate is not None:
+        near = surrogate.rows @ surrogate.columns.T >= surrogate.limit[:, None] - 1e-12
+        near &= surrogate.row_owner[:, None] != surrogate.column_owner
+        masked = (near & ~left_out).sum(1)
+        left_out |= near
     count = (~left_out).sum(1)
     mean = (scale * raw).masked_fill(left_out, 0).sum(1) / count.clamp(min=1)
     none = count == 0  # torch.logsumexp's gradient would be NaN there
     scores = (scale * raw).masked_fill(left_out, -math.inf).masked_fill(none[:, None], 0)
     lse = scores.logsumexp(1).masked_fill(none, -math.inf)
-    return Negatives(lse, raw.detach().masked_fill(left_out, -math.inf).amax(1), mean, count)
+    return Negatives(lse, raw.detach().masked_fill(left_out, -math.inf).amax(1), mean, count, masked)
 
 
-def masks(keys: bool, limit: bool, absent: bool) -> dict[str, Any]:
+def masks(keys: bool, limit: bool, absent: bool, only: bool = False, surrogate: bool = False) -> dict[str, Any]:
     """Masks of some columns; row 4 has no column left as soon as there are keys or limits."""
     torch.manual_seed(1)
     chosen: dict[str, Any] = {}
@@ -51,6 +62,15 @@ def masks(keys: bool, limit: bool, absent: bool) -> dict[str, Any]:
         chosen["limit"][4] = -1e6
     if absent:
         chosen["absent"] = torch.rand(COLUMNS) < 0.3
+    if only:
+        chosen["only"] = torch.randint(0, 2, (ROWS,)), torch.randint(0, 2, (COLUMNS,))
+    if surrogate:
+        sides = [F.normalize(torch.randn(n, 3, dtype=torch.float64), dim=1) for n in (ROWS, COLUMNS)]
+        sides[1][5] = sides[0][6]  # the same vector is masked at its own cosine, whatever rounds in the products
+        limit_of_rows = torch.rand(ROWS, dtype=torch.float64).where(torch.arange(ROWS) != 4, -2)
+        limit_of_rows[6] = 1
+        owners = torch.arange(ROWS), torch.arange(COLUMNS)
+        chosen["surrogate"] = Surrogate(*sides, limit_of_rows, *owners)
     return chosen
 
 
@@ -73,6 +93,8 @@ def value_and_gradients(fn, inputs: list[Tensor], options: dict[str, Any]) -> li
     gradients = torch.autograd.grad(total, [x for x in inputs if x.requires_grad])
     left = found.largest > -math.inf
     values = [losses, left.double(), found.largest.masked_fill(~left, 0)]
+    if found.num_masked is not None:
+        values += [found.num_masked.double()]
     if options.get("with_mean"):
         values += [found.mean, found.num_negatives.double()]
     return [x.detach().double() for x in (*values, *gradients)]
@@ -83,17 +105,20 @@ def widened(inputs: list[Tensor]) -> list[Tensor]:
 
 
 SWITCH = [False, True]
-FACTORS = {"keys": SWITCH, "limit": SWITCH, "absent": SWITCH, "with_mean": SWITCH, "tile": [(5, 4), (23, 3), (99, 99)]}
+FACTORS = {
+    **dict.fromkeys(("keys", "limit", "absent", "only", "surrogate", "with_mean"), SWITCH),
+    "tile": [(5, 4), (23, 3), (99, 99)],
+}
 
 
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=str)
 def test_negatives_equal_the_plain_form(case: dict[str, Any]) -> None:
-    chosen = masks(case["keys"], case["limit"], case["absent"])
+    chosen = masks(*(case[name] for name in ("keys", "limit", "absent", "only", "surrogate")))
     options = chosen | {"with_mean": case["with_mean"]}
     expected = value_and_gradients(plain_with(case["with_mean"]), leaves(), options)
     found = value_and_gradients(negatives, leaves(), options | {"tile": case["tile"]})
     assert gap(found, expected) < 1e-12
-    narrow = {name: x.float() if x.is_floating_point() else x for name, x in chosen.items()}
+    narrow = {name: x.float() if name == "limit" else x for name, x in chosen.items()}
     options = narrow | {"with_mean": case["with_mean"]}
     inputs = leaves(torch.float32)
     expected = value_and_gradients(plain_with(case["with_mean"]), widened(inputs), options)
@@ -105,12 +130,14 @@ def plain_with(mean: bool):
 
 
 def test_the_comparison_sees_what_is_missing() -> None:
-    chosen = masks(keys=True, limit=True, absent=True)
+    chosen = masks(keys=True, limit=True, absent=True, only=True, surrogate=True)
     expected = value_and_gradients(plain_with(False), leaves(), chosen)
     assert gap(value_and_gradients(negatives, leaves(), chosen), expected) < 1e-12
-    for dropped in ("keys", "limit", "absent"):
+    for dropped in ("keys", "limit", "absent", "only"):
         fewer = {name: x for name, x in chosen.items() if dropped not in name}
         assert gap(value_and_gradients(negatives, leaves(), fewer), expected) > 1e-3
+    far = chosen | {"surrogate": chosen["surrogate"]._replace(limit=torch.full((ROWS,), 2.0))}
+    assert gap(value_and_gradients(negatives, leaves(), far), expected) > 1e-3
     rows, columns, scale = leaves()
     halved = [rows, columns, (scale / 2).detach().requires_grad_()]
     assert gap(value_and_gradients(negatives, halved, chosen), expected) > 1e-3

@@ -18,6 +18,7 @@ from tiny import (
     save_model,
     stage_of,
 )
+from tiny_retriever import small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.data.tokens import Tokens
@@ -91,6 +92,15 @@ def test_contrastive(changes: dict[str, Any], folders) -> None:
     lowest = 3 * WIDTH * WIDTH + 2 * 4 * WIDTH  # query, key, value and two adapters of the first layer
     assert found - with_lora == of_loss - 3 * ROWS * LENGTH * 2 * lowest
     assert with_lora < 0.9 * rule
+
+
+@pytest.mark.parametrize(("kind", "tokenizer"), [("nomic_bert", "wordpiece"), ("t5", "t5")])
+def test_contrastive_of_other_types(kind: str, tokenizer: str, tmp_path: Path) -> None:
+    """Exact but for the loss's own products: T5's positions are looked up, and its decoder is not read."""
+    batch, folder = random_pairs(1, ROWS, 1, 1)[0], small_model(kind, tmp_path, tokenizer)
+    rule, found = by_rule_and_counted(stage_of("contrastive", lora=None, **SLICES), batch, folder)
+    assert found - rule == 2 * 2 * ROWS * 2 * ROWS * WIDTH
+    assert rule > 8 * ROWS * 3 * LENGTH * 2 * 4 * WIDTH * WIDTH  # attention alone
 
 
 def test_sycl(folders) -> None:

@@ -225,6 +225,65 @@ def test_code_in_a_folder_is_never_run(model_type: str, tmp_path: Path, monkeypa
         assert ran.exists()
 
 
+def test_of_a_t5_the_encoder_alone_is_read_and_the_rest_is_said(folders: dict[str, Path], tmp_path: Path, capsys):
+    folder = small_model("t5", tmp_path / "t5", "t5")
+    names = load_file(folder / "model.safetensors").keys()
+    decoder = sum(name.startswith("decoder.") for name in names)
+    backbone = load_encoder_backbone(folder, torch.float32)
+    line = f"note: {folder}: {decoder} weights of a decoder are left out; the encoder alone is read\n"
+    assert 0 < decoder < len(names) and capsys.readouterr().err == line
+    assert all(not name.startswith("decoder.") for name, _ in backbone.named_parameters())
+    save_file(
+        {name: weight for name, weight in load_file(folder / "model.safetensors").items() if "decoder." not in name},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert load_encoder_backbone(folder, torch.float32) is not None and capsys.readouterr().err == ""
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a T5EncoderModel \(encoder\.block\.0"):
+        load_encoder_backbone(folder, torch.float32)
+
+
+NOMIC = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "layer_norm_epsilon": 1e-12, "rotary_emb_base": 1000}
+NOMIC |= {"prenorm": False, "qkv_proj_bias": False, "activation_function": "swiglu", "rotary_emb_fraction": 1.0}
+NOMIC |= {"n_positions": 8192, "auto_map": {"AutoModel": "nomic-ai/nomic-bert-2048--modeling.NomicBertModel"}}
+
+
+def test_nomic_bert_loads_under_the_names_of_its_own_code(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = small_model("nomic_bert", tmp_path / "nomic", "wordpiece")
+    backbone = load_encoder_backbone(folder, torch.float32)
+    state = dict(backbone.state_dict())
+    old = {
+        "embeddings.LayerNorm": "emb_ln", "self_attn.o_proj": "attn.out_proj", "up_proj": "fc11", "gate_proj": "fc12",
+        "down_proj": "fc2", "post_attention_layernorm": "norm1", "post_mlp_layernorm": "norm2",
+    }  # fmt: skip
+    published = {}
+    for name, weight in state.items():
+        for ours, theirs in old.items():
+            name = name.replace(ours, theirs)
+        published[f"encoder.{name}" if name.startswith("layers") else name] = weight
+    for layer in ("encoder.layers.0", "encoder.layers.1"):
+        parts = [published.pop(f"{layer}.self_attn.{part}_proj.weight") for part in "qkv"]
+        published[f"{layer}.attn.Wqkv.weight"] = torch.cat(parts)
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | NOMIC
+    path.write_text(json.dumps(config))
+    loaded = load_encoder_backbone(folder, torch.float32)
+    assert all(torch.equal(weight, state[name]) for name, weight in loaded.state_dict().items())
+    wrong = [
+        ("n_head", 2, "write it as num_attention_heads too"),
+        ("rotary_emb_base", 10000, "rope_parameters.rope_theta"),
+    ]
+    for name, value, fix in [*wrong, ("prenorm", True, "name a model without that")]:
+        path.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ValueError, match=f"config.json: {name} is {value}, .*{fix}") as caught:
+            load_encoder_backbone(folder, torch.float32)
+        assert "\n" not in str(caught.value)
+
+
 # --------------------------------------------------------------------------- what trains
 
 
@@ -314,8 +373,10 @@ def test_the_longest_input_is_the_longest_that_runs(folders: dict[str, Path], ki
         check_length(config, longest + 1)
 
 
-@pytest.mark.parametrize("kind", ["modernbert", "llama"])
-def test_rotary_positions_have_no_longest_input(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["modernbert", "nomic_bert", "t5", "llama"])
+def test_rotary_and_relative_positions_have_no_longest_input(
+    folders: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
     folder = folders[kind] if kind in folders else save_model(tmp_path, kind)
     check_length(read_config(folder), 65)
     assert load_encoder_backbone(folder, torch.float32)(input_ids=torch.full((1, 65), 7)) is not None

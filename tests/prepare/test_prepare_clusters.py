@@ -174,8 +174,12 @@ def test_what_k_means_holds_is_said_ahead():
     )
     assert line == ("clusters", f"{reads} iterations at most, and holds 3.9 GiB")
     wide = Clusters.model_validate(WANTED | {"surrogate": {"by": "previous"}})
-    lines = clusters_ahead(wide, [1_000_000, 30])
-    assert [name for name, _ in lines] == ["clusters of source 0", "clusters of source 1"]
+    lines = clusters_ahead(wide, [1_000_000, 30, None])
+    assert [name for name, _ in lines] == [f"clusters of source {number}" for number in range(3)]
+    assert lines[2][1] == (
+        "not known: not all rows are counted; K-means reads 2,000,000 of them at most, two points each, 4 times 30 "
+        "iterations at most, and holds 22.9 GiB of points at most if vectors have 768 dimensions"
+    )
     assert lines[0][1].endswith(" and holds 14.9 GiB if vectors have 768 dimensions")
 
 

@@ -237,7 +237,7 @@ def test_vectors_too_large_for_16_bits_are_one_line(given: Given, monkeypatch: p
     ("surrogate", "problem"),
     [
         (PreviousSurrogate(by="previous", svd=33), "33 dimensions cannot be had from 26 different queries"),
-        (BM25.model_copy(update={"svd": 500}), "500 dimensions cannot be had from "),
+        (BM25.model_copy(update={"svd": 500}), "500 dimensions cannot be had from 26 different queries of "),
     ],
 )
 def test_an_svd_of_more_dimensions_than_there_are_is_one_line(surrogate: Surrogate, problem: str, given: Given):

@@ -31,8 +31,11 @@ UNKNOWN_LANGUAGE = (
     + f" or '{Stemmer.algorithms()[-1]}'; found \"klingon\""
 )
 BM25, NGRAMS = {"by": "bm25", "text": "code"}, {"ngram": 5, "threshold": 0.5}
+BM25_IN_GERMAN = BM25 | {"svd": 8, "language": "german"}
 NOT_DEALT = "only documents whose passages are dealt (interleave) have neighbours; remove the key"
 Q_TO_D, D_TO_Q = "query_to_document", "document_to_query"
+Q_TO_D_ALONE = "is for queries against documents alone; remove it, or the other directions"
+RELATIVE = {"surrogate": {"by": "previous"}, "rule": "relative", "eps": 0.0}
 KEYS_OF_A_STEP = "is no multiple of the 32 keys of a step (views x pool x pools_per_step)"
 NVME_STAGE = 'NVMe works at ZeRO stage 3 only; set stage to 3 or offload_optimizer to "cpu"'
 MAX_TOKENS = TINY["stages"][0]["start"]["build"]["max_tokens"]
@@ -334,6 +337,47 @@ CROSS = {
     "a decay in one step": (
         [("stages.1.objective.temperature", {"start": 0.05, "end": 0.05}), ("stages.1.optim.steps", 1)],
         ["stages.1.objective.temperature: one step has no decay; write a number"],
+    ),
+    "a surrogate and other directions": (
+        second("contrastive", objective__directions=[Q_TO_D, D_TO_Q], objective__false_negatives=RELATIVE),
+        [f"stages.1.objective.false_negatives: {Q_TO_D_ALONE}"],
+    ),
+    "joint positives and hard negatives alone, and other directions": (
+        second(
+            "contrastive",
+            objective__directions=[Q_TO_D, D_TO_Q],
+            objective__equal_queries="joint",
+            objective__in_batch_negatives=False,
+            data__negatives=1,
+        ),
+        [f"stages.1.objective.{key}: {Q_TO_D_ALONE}" for key in ("in_batch_negatives", "equal_queries")],
+    ),
+    "hard negatives alone without any": (
+        second("contrastive", objective__in_batch_negatives=False),
+        [
+            "stages.1.objective.in_batch_negatives: false, but data.negatives is 0: no row would have a negative; "
+            "raise that"
+        ],
+    ),
+    "hard negatives alone and a surrogate": (
+        second(
+            "contrastive",
+            objective__in_batch_negatives=False,
+            objective__false_negatives=RELATIVE,
+            data__negatives=1,
+        ),
+        [
+            "stages.1.objective.false_negatives: leaves out documents of other rows, which in_batch_negatives leaves "
+            "out too; remove one of the two"
+        ],
+    ),
+    "a surrogate that reads code in a language": (
+        second("contrastive", objective__false_negatives=RELATIVE | {"surrogate": BM25_IN_GERMAN}),
+        [f"stages.1.objective.false_negatives.surrogate.language: {NO_LANGUAGE}"],
+    ),
+    "the cut of the other rule": (
+        second("contrastive", objective__false_negatives=RELATIVE | {"cut": 0.5}),
+        ["stages.1.objective.false_negatives.cut: unknown key; known: eps, rule, surrogate"],
     ),
     "a Matryoshka dimension twice": (
         second("contrastive", objective__matryoshka=[32, 8, 8]),

@@ -51,6 +51,13 @@ def test_more_dimensions_than_there_are(rows: tuple[int, int], dim: int, problem
         svd_basis([np.ones(rows)], dim)
 
 
+def test_more_dimensions_than_words_less_one():
+    told = r"^24 dimensions cannot be had from 80 different queries of 24 words; lower it to 23 or less$"
+    with pytest.raises(ValueError, match=told):
+        sparse_svd_basis(csr_array(matrix()), 24)
+    assert sparse_svd_basis(csr_array(matrix()), 23).shape == (24, 23)
+
+
 def test_unit_length_but_for_zero():
     found = unit(np.array([[3.0, 4.0], [0.0, 0.0]]))
     assert found.dtype == np.float32 and np.allclose(found, [[0.6, 0.8], [0, 0]])

@@ -226,7 +226,8 @@ def _write_adapter(
 
 def _write_model(folder: Path, model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     config: Any = copy.deepcopy(model.config)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # written once, as the embedding
+    # Written once, as the embedding; T5 names it twice.
+    tied = {"lm_head.weight", "encoder.embed_tokens.weight"} if config.tie_word_embeddings else set()
     expected = [name for name, _ in model.named_parameters() if name not in tied]
     state = {name: weight for name, weight in state.items() if name not in tied}
     _check_names(expected, state)

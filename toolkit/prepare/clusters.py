@@ -55,7 +55,7 @@ def prepare_clusters(
     """
     settings = data.clusters
     assert settings is not None  # the recipe demands it
-    check_clusters(settings, store.sizes)
+    check_clusters(settings, [*store.sizes])
     key = know_surrogate(settings.surrogate, store, previous, device, f"{_AT}.surrogate").key
     folder = run.parent / "prepared" / f"clusters_{together(lambda: _key(settings, store, key))}"
     if not on_rank_zero(folder.is_dir):
@@ -65,9 +65,11 @@ def prepare_clusters(
     return open_everywhere(folder, lambda found: ClusterStore(found, store.sizes))
 
 
-def check_clusters(settings: Clusters, sizes: list[int]) -> None:
-    """Raise RecipeError if clusters of this size cannot be made of sources of so many rows."""
+def check_clusters(settings: Clusters, sizes: list[int | None]) -> None:
+    """Raise RecipeError if clusters of this size cannot be made of sources of so many rows (None: not known)."""
     for number, rows in enumerate(sizes):
+        if rows is None:
+            continue
         if settings.size > rows:
             problem = f"{settings.size:,} is more than the {rows:,} rows of data.sources.{number}; lower it"
             raise RecipeError(f"{_AT}.size: {problem}")
@@ -77,36 +79,40 @@ def check_clusters(settings: Clusters, sizes: list[int]) -> None:
             raise RecipeError(f"{_AT}.sample: {problem}; raise it, or size")
 
 
-def clusters_ahead(settings: Clusters, sizes: list[int]) -> list[tuple[str, str]]:
-    """(name, value) of what clustering sources of so many rows takes, for the dry run.
+def clusters_ahead(settings: Clusters, sizes: list[int | None]) -> list[tuple[str, str]]:
+    """(name, value) of what clustering sources of so many rows takes, for the dry run; None: that is not known.
 
     Raises:
         RecipeError: as `check_clusters`.
     """
     check_clusters(settings, sizes)
+    dim = settings.surrogate.svd
+    wide = "" if dim else f" if vectors have {_WIDE} dimensions"
     lines = []
     for number, rows in enumerate(sizes):
         name = "clusters" if len(sizes) == 1 else f"clusters of source {number}"
-        dim = settings.surrogate.svd
-        lines.append(
-            (
-                name,
-                _told(settings, rows, dim or _WIDE) + (f" if vectors have {_WIDE} dimensions" if dim is None else ""),
-            )
-        )
+        lines.append((name, _told(settings, rows, dim or _WIDE) + wide))
     return lines
 
 
-def _told(settings: Clusters, rows: int, dim: int) -> str:
+def _told(settings: Clusters, rows: int | None, dim: int) -> str:
     """What K-means does with the rows of a source, and what it holds."""
-    clusters, sample = -(-rows // settings.size), min(rows, settings.sample)
-    held = sample * point_bytes(dim) + 3 * clusters * 2 * dim * 4  # centroids: the best, those at work, and faiss's
-    size = f"{held / 2**30:.1f} GiB" if held >= 2**30 else f"{held / 2**20:.0f} MiB"
-    which = "all of them" if sample == rows else f"{sample:,} of them, drawn by the seed"
-    return (
-        f"{clusters:,} for {rows:,} rows; K-means reads {which}, two points each, {settings.restarts} times "
-        f"{settings.iterations} iterations at most, and holds {size}"
-    )
+    held = settings.sample * point_bytes(dim)
+    if rows is None:
+        reads = f"not known: not all rows are counted; K-means reads {settings.sample:,} of them at most"
+        holds = f"{_size(held)} of points at most"
+    else:
+        sample, clusters = min(rows, settings.sample), -(-rows // settings.size)
+        which = "all of them" if sample == rows else f"{sample:,} of them, drawn by the seed"
+        reads = f"{clusters:,} for {rows:,} rows; K-means reads {which}"
+        # Of centroids there are the best, those at work, and faiss's.
+        holds = _size(sample * point_bytes(dim) + 3 * clusters * 2 * dim * 4)
+    times = f"{settings.restarts} times {settings.iterations} iterations at most"
+    return f"{reads}, two points each, {times}, and holds {holds}"
+
+
+def _size(held: int) -> str:
+    return f"{held / 2**30:.1f} GiB" if held >= 2**30 else f"{held / 2**20:.0f} MiB"
 
 
 def _key(settings: Clusters, store: PairStore, surrogate: str) -> str:

@@ -224,8 +224,8 @@ def _sections(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | N
 
 
 def _literal(section: type[BaseModel]) -> str | None:
-    """The value by which a union knows a section: that of its key `name` or `by`, if only one is possible."""
-    keys = [section.model_fields[key].annotation for key in ("name", "by") if key in section.model_fields]
+    """The value by which a union knows a section: that of its key `name`, `by` or `rule`, if only one is possible."""
+    keys = [section.model_fields[key].annotation for key in ("name", "by", "rule") if key in section.model_fields]
     fixed = [get_args(value)[0] for value in keys if get_origin(value) is Literal]
     return fixed[0] if fixed else None
 

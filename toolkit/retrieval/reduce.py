@@ -34,9 +34,16 @@ def svd_basis(blocks: Iterable[np.ndarray], dim: int) -> np.ndarray:
 
 
 def sparse_svd_basis(rows: csr_array, dim: int) -> np.ndarray:
-    """`svd_basis` of sparse rows: fp32 [width, dim]; `dim` is below both their number and their width."""
+    """`svd_basis` of sparse rows: fp32 [width, dim].
+
+    Raises:
+        ValueError: unless `dim` is below both their number and their width.
+    """
     count, width = rows.shape  # pyright: ignore[reportGeneralTypeIssues]
-    check_dim(dim, count - 1, width - 1)
+    most = min(count, width) - 1
+    if dim > most:
+        problem = f"{dim} dimensions cannot be had from {count:,} different queries of {width:,} words"
+        raise ValueError(f"{problem}; lower it to {most} or less")
     start = generator("svd").standard_normal(min(count, width))
     right: Any = svds(rows, k=dim, v0=start, return_singular_vectors="vh")[2]  # pyright: ignore[reportArgumentType]
     return np.ascontiguousarray(right[::-1].T, np.float32)

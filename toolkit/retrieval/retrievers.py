@@ -155,10 +155,10 @@ def _check_there(folder: Path) -> None:
 def _snapshot(hub: str) -> str:
     try:
         found = snapshot_download(hub, allow_patterns=FILES, ignore_patterns=NOT_FILES)
-        if is_contextual(Path(found)):  # its first stage, and a context
-            snapshot_download(hub, allow_patterns=[f"{FIRST_FOLDER}/*", str(KEPT)], ignore_patterns=["*.bin", "*.py"])
         if any(Path(found).glob("*_Dense")):
             snapshot_download(hub, allow_patterns=DENSE_FILES)
+        if is_contextual(Path(found)):  # its first stage, and a context
+            snapshot_download(hub, allow_patterns=[f"{FIRST_FOLDER}/*", str(KEPT)], ignore_patterns=["*.bin", "*.py"])
         return found
     except (OSError, ValueError, HTTPError) as error:  # the hub's own errors are kinds of these
         problem = hub_problem(hub, error, "name that")
