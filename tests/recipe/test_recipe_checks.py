@@ -55,6 +55,10 @@ CROSS = {
         [("stages.0.eval.suites", ["stdlib:dev"]), (STOP_0, {"than": "previous"})],
         [f'{STOP_0}.than: there is no stage before the first; write "start" or "bm25"'],
     ),
+    "context of a retriever that reads none": (
+        [("stages.1.eval.context", {"from": "corpus"})],
+        ["stages.1.eval.context: what revela trains reads no context; remove the key"],
+    ),
     "stop on other suites": (
         [
             ("stages.0.eval.suites", ["stdlib:test"]),
