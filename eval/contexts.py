@@ -3,6 +3,8 @@
 Called by eval.evaluate; every rank calls the same functions, rank 0 writes.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,10 @@ class Contexts:
         """What a result's settings say of it; empty where nothing is asked for."""
         if self._wanted is None:
             return {}
-        what = self._kept.digest if self._kept is not None else self._documents  # of other files under the same name
-        return {"context": self._wanted.model_dump(exclude={"beside"}) | {"documents": self._count, "of": what}}
+        what = self._kept.digest if self._kept is not None else ""
+        if self._documents:  # there may be others under the same name
+            what = hashlib.sha256(json.dumps(self._documents).encode()).hexdigest()[:16]
+        return {"context": self._wanted.model_dump(exclude={"beside"}) | {"documents": self._count, "content": what}}
 
     def of(self, name: str, retriever: Retriever, texts: list[str]) -> tuple[Retriever, dict[str, Any]]:
         """A retriever for a collection with its context, and what the collection's record says of that.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from beir import write_beir
 from contextual_retrievers import CASES, make_contextual
+from distributed import run_on_ranks
 from retrievers import tiny_retriever
 
 from eval.contexts import check_context
@@ -55,7 +56,7 @@ def test_a_collection_is_read_with_documents_of_its_own_and_the_result_says_so(e
     kept = read_vectors(tmp_path / "out" / "context" / "small_test.safetensors", retriever)
     np.testing.assert_allclose(kept.vectors, expected.vectors, atol=1e-6)
     assert kept.about | {"digest": ""} == expected.about | {"digest": ""} and kept.digest == found["row"]["context"]
-    about = {"documents": 6, "from": "corpus", "seed": 0, "of": []}
+    about = {"documents": 6, "from": "corpus", "seed": 0, "content": ""}
     assert found["system"]["context"] == about and "context" not in found["system"]["settings"]
     line = f"small:test: context of small:test, 6 documents drawn from 60, digest {kept.digest}"
     assert line in capsys.readouterr().out.splitlines()
@@ -67,6 +68,7 @@ def test_a_collection_is_read_with_documents_of_its_own_and_the_result_says_so(e
     assert others["none"]["runs"] != found["runs"]
     assert len({one["row"].get("context") for one in others.values()} | {kept.digest}) == 4
     assert others["none"]["runs"] == scored(export, small, tmp_path / "plain")["runs"]
+    assert len(others["folder"]["system"]["context"]["content"]) == 16
     assert "note: evaluated without context; eval.context (--context) sets one" in capsys.readouterr().out
     again = scored(export, small, tmp_path / "again", **{"from": str(tmp_path / "out/context/small_test.safetensors")})
     assert again["runs"] == found["runs"] and again["row"]["context"] == kept.digest
@@ -113,6 +115,25 @@ def test_the_command_sets_contexts_side_by_side_and_compares_them(export: Path, 
     assert "--context-seed: draws a context; add --context, or leave it out" in capsys.readouterr().err
     assert main(["bm25", *given[1:-1], "--context", "none"]) == 2
     assert "drop their flags" in capsys.readouterr().err
+
+
+def test_two_ranks_read_with_one_context(export: Path, folders, tmp_path: Path):
+    small, _ = folders
+    answers = run_on_ranks("evaluate_ranks.py", 2, [f"{small}:test", str(tmp_path), str(export)], tmp_path)
+    assert answers[0] == answers[1]
+    alone = scored(export, small, tmp_path / "alone", **{"from": "corpus"})
+    kept = (tmp_path / name / "context" / "small_test.safetensors" for name in ("read", "alone"))
+    one, two = (read_vectors(path, load_export(export, torch.device("cpu"))) for path in kept)
+    np.testing.assert_allclose(one.vectors, two.vectors, atol=1e-6)
+    assert answers[0][2]["small:test"]["ndcg_at_10"] == pytest.approx(alone["row"]["ndcg_at_10"])
+
+
+def test_an_adapter_of_two_stages_is_named_alone(tmp_path: Path, capsys):
+    made = make_contextual(CASES["llama_adapters"], tmp_path)
+    export = made.write(tmp_path / "export")
+    given = ["--suite", "stdlib:dev", "--no-bm25", "--pooling", "eos", "--normalize", "true", "--max-tokens", "9"]
+    assert main([str(made.base.folder), "--adapter", str(export), *given]) == 2
+    assert "reads texts with a context, which --adapter would lose; name it in place of" in capsys.readouterr().err
 
 
 def test_mining_reads_with_passages_of_the_pairs(export: Path, folders, tmp_path: Path):
