@@ -94,7 +94,7 @@ def controls() -> list[dict[str, Any]]:
 def causal_cases() -> list[dict[str, Any]]:
     """Adapted causal models: one prefix for all texts, with two adapters and with a small encoder as first stage."""
     factors = {key: values[0] for key, values in (PLACEMENT | MODEL).items()}
-    again = {"activation_checkpointing": True}
+    again = {"activation_checkpointing": True, "forward": {"forward_rows": 3}}
     return [
         as_case(5, factors | {"arch": "qwen3", "trained": "lora", "zero": 1}) | {"first": "nomic_bert"},
         as_case(6, factors | again | {"arch": "llama", "trained": "two adapters", "zero": 3}),
