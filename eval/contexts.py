@@ -3,6 +3,8 @@
 Called by eval.evaluate; every rank calls the same functions, rank 0 writes.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ class Contexts:
         assert self._wanted is not None
         texts = list(read_beir_texts(_checked(place)).values())
         self._drawn_from = len(texts)
-        return draw(texts, self._count, self._wanted.seed)
+        return draw(texts, len(texts), self._count, self._wanted.seed)
 
     def bare(self, retriever: Retriever) -> Retriever:
         """The retriever without the context that it was loaded with, where another is asked for."""
@@ -69,8 +71,10 @@ class Contexts:
         """What a result's settings say of it; empty where nothing is asked for."""
         if self._wanted is None:
             return {}
-        what = self._kept.digest if self._kept is not None else self._documents  # of other files under the same name
-        return {"context": self._wanted.model_dump(exclude={"beside"}) | {"documents": self._count, "of": what}}
+        what = self._kept.digest if self._kept is not None else ""
+        if self._documents:  # there may be others under the same name
+            what = hashlib.sha256(json.dumps(self._documents).encode()).hexdigest()[:16]
+        return {"context": self._wanted.model_dump(exclude={"beside"}) | {"documents": self._count, "content": what}}
 
     def of(self, name: str, retriever: Retriever, texts: list[str]) -> tuple[Retriever, dict[str, Any]]:
         """A retriever for a collection with its context, and what the collection's record says of that.
@@ -82,7 +86,7 @@ class Contexts:
         if self._wanted is None or self._wanted.from_ == NONE:
             return retriever, {}
         if self._wanted.from_ == CORPUS:
-            chosen = draw(texts, self._count, self._wanted.seed)
+            chosen = draw(texts, len(texts), self._count, self._wanted.seed)
             context = embed_context(retriever, chosen, name, self._wanted.seed, len(texts))
         else:
             context = self._kept or self._of_folder(retriever)

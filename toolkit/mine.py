@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> None:
             "checkpoint": on_rank_zero(lambda: checkpoint_digest(retriever)),
             "settings": retriever.settings.model_dump(),
         }
-        reads = in_own_context(retriever, rows.passages, arguments.pairs, arguments.seed)
+        reads = in_own_context(retriever, rows.passages, len(rows.passages), arguments.pairs, arguments.seed)
         if isinstance(reads.encoder, InContext):
             about["by"]["context"] = reads.encoder.kept.about
         search = retriever_search(reads, rows)

@@ -173,7 +173,7 @@ def test_a_main_score_of_its_own_is_reported(folder: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_score_as_one_process(world_size: int, folder: Path, tmp_path: Path):
-    answer = run_on_ranks("evaluate_ranks.py", world_size, [str(folder), str(tmp_path)], tmp_path)
+    answer = run_on_ranks("evaluate_ranks.py", world_size, [str(folder), str(tmp_path), ""], tmp_path)
     dense = evaluate(tiny_retriever(), [str(folder)], tmp_path / "one", label="", step=None)
     lexical = evaluate_bm25([str(folder)], tmp_path / "one_bm25")
     assert answer == [[dense, lexical]] * world_size

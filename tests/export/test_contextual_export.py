@@ -130,12 +130,12 @@ def test_the_card_says_how_the_context_is_used(made: dict[str, MadeContextual], 
 
 def test_a_context_is_a_function_of_the_seed_drawn_with_replacement(made: dict[str, MadeContextual]):
     texts = [str(number) for number in range(5)]
-    assert draw(texts, 64, 0) == draw(texts, 64, 0) != draw(texts, 64, 1)
-    assert set(draw(texts, 64, 0)) == set(texts) and draw(["a"], 3, 0) == ["a", "a", "a"]
+    assert draw(texts, 5, 64, 0) == draw(iter(texts), 5, 64, 0) != draw(texts, 5, 64, 1)
+    assert set(draw(texts, 5, 64, 0)) == set(texts) and draw(["a"], 1, 3, 0) == ["a", "a", "a"]
     with pytest.raises(ValueError, match="there is no text to draw a context from"):
-        draw([], 2, 0)
+        draw([], 0, 2, 0)
     one = made["bert"].retriever
-    reads = in_own_context(one, TEXTS, "test", 3)
+    reads = in_own_context(one, TEXTS, len(TEXTS), "test", 3)
     assert isinstance(reads.encoder, InContext)
     about = reads.encoder.kept.about
     assert about == about | {"documents": 6, "drawn_from": len(TEXTS), "of": "test", "seed": 3, "model": "live"}
@@ -178,7 +178,7 @@ def test_what_is_altered_or_missing_is_one_line(made: dict[str, MadeContextual],
 
 def test_other_settings_keep_the_context(made: dict[str, MadeContextual]):
     one = made["bert"]
-    reads = in_own_context(one.retriever, TEXTS, "test", 0)
+    reads = in_own_context(one.retriever, TEXTS, len(TEXTS), "test", 0)
     raw = with_settings(reads, EvalSettings.model_validate({"normalize": False, "max_tokens": 9}))
     assert isinstance(raw.encoder, InContext) and raw.settings.eval_max_tokens == 9
     vectors = embed_texts(raw, TEXTS[3:4], "query")

@@ -9,6 +9,7 @@ import pytest
 from beir import write_beir, write_hub_layout
 from in_process import start
 from pairs import write
+from recipe_changes import RECIPES
 from tiny_retriever import small_model
 
 from launcher import ahead
@@ -124,6 +125,16 @@ def test_the_hub_s_layout_is_checked_for_its_split(tmp_path: Path, recipe) -> No
     recipe["stages"][0]["eval"]["suites"] = [f"{folder}:test", f"{folder}:train"]
     (problem,) = look_ahead(loaded(tmp_path, recipe), dry=True).problems
     assert problem.startswith("stages.0.eval.suites.1: ") and "name one of its splits; found" in problem
+
+
+def test_a_context_that_is_not_there_is_found(tmp_path: Path) -> None:
+    recipe = json.loads((RECIPES / "tiny" / "cde.json").read_text())
+    recipe["stages"][1]["eval"] = {"suites": [], "context": {"beside": ["none", str(tmp_path)]}}
+    (problem,) = look_ahead(loaded(tmp_path, recipe), dry=True).problems
+    assert problem.startswith(f"stages.1.eval.context.from: {tmp_path}/corpus.jsonl does not exist; name corpus, none")
+    recipe["stages"][1]["eval"]["context"]["beside"] = ["none", "none"]
+    (problem,) = look_ahead(loaded(tmp_path, recipe), dry=True).problems
+    assert problem.startswith("stages.1.eval.context.beside: context none is there twice; keep one")
 
 
 def test_a_prompt_for_no_task_is_found(tmp_path: Path, recipe) -> None:

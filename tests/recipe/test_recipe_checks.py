@@ -43,7 +43,7 @@ STOP_0, STOP_1 = "stages.0.eval.stop_if_worse", "stages.1.eval.stop_if_worse"
 ELSE = "remove it, or change objective.name"
 OF_PASSAGES = f"unknown key; language_model and revela have it: {ELSE}"
 OF_REVELA = f"unknown key; revela has it: {ELSE}"
-OF_CONTRASTIVE = f"unknown key; contrastive has it: {ELSE}"
+OF_CONTRASTIVE = f"unknown key; cde and contrastive have it: {ELSE}"
 OF_A_PAIR = "known: clusters, faulty_rows, mine, mix, negatives, packing, positives, sources"
 OF_A_TEXT = "known: faulty_rows, interleave, neighbours, passages, sources"
 CROSS = {
@@ -54,6 +54,10 @@ CROSS = {
     "stop in the first stage": (
         [("stages.0.eval.suites", ["stdlib:dev"]), (STOP_0, {"than": "previous"})],
         [f'{STOP_0}.than: there is no stage before the first; write "start" or "bm25"'],
+    ),
+    "context of a retriever that reads none": (
+        [("stages.1.eval.context", {"from": "corpus"})],
+        ["stages.1.eval.context: what revela trains reads no context; remove the key"],
     ),
     "stop on other suites": (
         [

@@ -192,7 +192,9 @@ def _retriever_search(rows: MiningRows, retriever: Retriever, source: PairSource
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     own = {key: prefix for key, prefix in prefixes.items() if prefix is not None}
     prefixed = without_context(retriever)._replace(settings=retriever.settings.model_copy(update=own))
-    return retriever_search(in_own_context(prefixed, rows.passages, source_name(source), seed), rows)
+    return retriever_search(
+        in_own_context(prefixed, rows.passages, len(rows.passages), source_name(source), seed), rows
+    )
 
 
 def _mined_source(source: PairSource, folder: Path) -> FolderPairs:

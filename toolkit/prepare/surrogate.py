@@ -23,6 +23,7 @@ from toolkit.data.pairs import PairStore
 from toolkit.data.surrogate import Side, SurrogateVectors, check_vectors, store_texts
 from toolkit.export.write import load_export
 from toolkit.files import placing_folder, sha256
+from toolkit.models.in_context import without_context
 from toolkit.models.retriever import Retriever
 from toolkit.prepare.negatives import about_bm25
 from toolkit.prepare.pairs import limited_pairs
@@ -33,6 +34,7 @@ from toolkit.recipe.evaluation import EvalSettings
 from toolkit.recipe.pairs import PairsData
 from toolkit.recipe.surrogate import Bm25Surrogate, PreviousSurrogate, RetrieverSurrogate, Surrogate
 from toolkit.retrieval.bm25 import say_language
+from toolkit.retrieval.context import in_own_context
 from toolkit.retrieval.embed import checkpoint_digest, encode
 from toolkit.retrieval.reduce import FIT_ROWS, check_dim, sparse_svd_basis, svd_basis, unit
 from toolkit.retrieval.retrievers import load_any, names_no_retriever
@@ -42,6 +44,7 @@ from toolkit.retrieval.word_vectors import weighted, word_weights
 from toolkit.retrieval.words import reading_of
 
 BLOCK = 2**16  # texts that are embedded, written and forgotten together
+_CONTEXT_SEED = 0  # of a contextual retriever, which reads with some of the documents
 _LAYOUT = 1  # of what is kept; one more makes older folders unread
 _SIDES: tuple[tuple[Side, Any], ...] = (("query", "query"), ("document", "passage"))  # and whose prefix
 _LOOKED_AT = 10_000  # texts of each side by which BM25 finds the language
@@ -147,7 +150,8 @@ def surrogate_vectors(
             assert isinstance(surrogate, Bm25Surrogate)
             together_for_long(lambda still: _by_words(surrogate, texts, counts, folder, at, still))
         else:
-            retriever = known.retriever
+            passages, total = on_every_rank(lambda: texts("document")), counts["document"]
+            retriever = in_own_context(without_context(known.retriever), passages, total, at, _CONTEXT_SEED)
             _embed(retriever, texts, counts, surrogate.svd, work, at)
             together_for_long(lambda still: _gather(surrogate.svd, counts, work, folder, at, still))
             on_rank_zero(lambda: shutil.rmtree(work))

@@ -3,7 +3,8 @@
 Called by evaluation, mining, surrogates and the module for sentence-transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from toolkit.data.tokens import tokenize
 from toolkit.determinism import generator
@@ -19,15 +20,18 @@ def context_documents(retriever: Retriever) -> int:
     return contextual.settings.size // contextual.settings.vectors_per_document
 
 
-def draw(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """So many of the texts at random, WITH replacement (Morris and Rush, arXiv 2410.02525, section 4).
+def draw(texts: Iterable[str], total: int, count: int, seed: int) -> list[str]:
+    """So many of `total` texts at random, WITH replacement (Morris and Rush, arXiv 2410.02525, section 4).
 
     Raises:
         ValueError: if there is no text.
     """
-    if not texts:
+    if not total:
         raise ValueError("there is no text to draw a context from")
-    return [texts[int(place)] for place in generator("context", seed, 0).integers(0, len(texts), count)]
+    places = generator("context", seed, 0).integers(0, total, count).tolist()
+    wanted = set(places)
+    found = {place: text for place, text in enumerate(islice(texts, max(wanted) + 1)) if place in wanted}
+    return [found[place] for place in places]
 
 
 def embed_context(
@@ -58,12 +62,12 @@ def embed_context(
     return make_context(vectors, first.identity, len(texts), drawn_from or len(texts), of, seed)
 
 
-def in_own_context(retriever: Retriever, texts: Sequence[str], of: str, seed: int) -> Retriever:
-    """A retriever that reads with documents of the texts that it is to embed; a plain one as it is.
+def in_own_context(retriever: Retriever, texts: Iterable[str], total: int, of: str, seed: int) -> Retriever:
+    """A retriever that reads with documents of the `total` texts that it is to embed; a plain one as it is.
 
     Every rank calls it. Raises ValueError as `draw` and `embed_context`.
     """
     if retriever.first is None:
         return retriever
-    chosen = draw(texts, context_documents(retriever), seed)
-    return in_context(retriever, embed_context(retriever, chosen, of, seed, len(texts)))
+    chosen = draw(texts, total, context_documents(retriever), seed)
+    return in_context(retriever, embed_context(retriever, chosen, of, seed, total))

@@ -64,6 +64,10 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     """
     folder = find_retriever(what)
     added = None if adapter is None else find_retriever(adapter)
+    if added is not None and together(lambda: is_contextual(added)):
+        raise RecipeError(
+            f"{adapter}: reads texts with a context, which --adapter would lose; name it in place of {what}"
+        )
     base = None
     if added is None:
         base = together(lambda: base_of_adapter(folder) if _is_bare_adapter(folder) else None)
