@@ -124,6 +124,8 @@ def test_figures_and_sources_decide_no_weight_and_are_not_needed(tmp_path):
 
 def test_the_shipped_recipes_are_these():
     assert [path.relative_to(RECIPES).as_posix() for path in ALL] == [
+        "biencoder_clustered.json",
+        *(f"cde_{name}.json" for name in ("compared", "mistral_7b", "qwen_0.6b", "small_v1", "small_v2")),
         "contriever_bert_base.json",
         "crops_compared.json",
         "fewshot.json",
@@ -138,6 +140,7 @@ def test_the_shipped_recipes_are_these():
         *(f"revela_{size}.json" for size in ("1b", "3b", "500m", "7b", "code_1b", "code_3b", "code_500m")),
         "supervised_7b.json",
         *(f"sycl_{name}.json" for name in ("compared", "contriever", "mistral_7b", "qwen_0.6b")),
+        "tiny/cde.json",
         "tiny/contrastive.json",
         "tiny/language_model.json",
         "tiny/mined.json",
