@@ -66,7 +66,12 @@ def is_key(path: str, method: str | None) -> bool:
     for part in path.split("."):
         if part.isdecimal():
             continue
-        fields = [field for section in inside for name, field in section.model_fields.items() if part in (name, HOLE)]
+        fields = [
+            field
+            for section in inside
+            for name, field in section.model_fields.items()
+            if part in (field.alias or name, HOLE)
+        ]
         below = {section for field in fields for section in sections(field.annotation)}
         if part == HOLE:  # a key, or the number of an entry
             inside |= below
