@@ -86,7 +86,7 @@ SINGLE = [
     (
         "stages.1.objective.name",
         "x",
-        "stages.1.objective.name: 'x' is unknown; known: language_model, revela, contrastive, recontriever, sycl",
+        "stages.1.objective.name: 'x' is unknown; known: language_model, revela, contrastive, recontriever, sycl, cde",
     ),
     ("stages.1.objective", "revela", 'stages.1.objective: must be a section; write {...} in place of "revela"'),
     ("stages.0.optim", 3, "stages.0.optim: must be a section; write {...} in place of 3"),
