@@ -64,7 +64,7 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     """
     folder = find_retriever(what)
     added = None if adapter is None else find_retriever(adapter)
-    if added is not None and together(lambda: is_contextual(added)):
+    if added is not None and together(lambda added=added: is_contextual(added)):
         raise RecipeError(
             f"{adapter}: reads texts with a context, which --adapter would lose; name it in place of {what}"
         )
