@@ -116,10 +116,11 @@ def _run(arguments: argparse.Namespace) -> None:
             evaluate_bm25(suites, rows["BM25"], changes, arguments.bm25_cache)
         label = what if arguments.adapter is None else f"{what} with {arguments.adapter}"
         given = {"step": None, "vectors": arguments.vectors, "beside": rows.get("BM25")}
-        evaluate(retriever, suites, folder, label, changes=changes, **given)
+        evaluate(retriever, suites, folder, label=label, changes=changes, **given)
         for place, others in contexts_beside(changes):
             rows[label_of(place)] = beside(folder, place)
-            evaluate(retriever, suites, rows[label_of(place)], f"{label}, {label_of(place)}", changes=others, **given)
+            with_it = f"{label}, {label_of(place)}"
+            evaluate(retriever, suites, rows[label_of(place)], label=with_it, changes=others, **given)
         rows["retriever"] = rows.pop("retriever")  # the table ends with it
     if rank() == 0:
         _print_table(rows)

@@ -269,10 +269,10 @@ def evaluate_export(recipe: Recipe, index: int, run: Path, device: torch.device)
     retriever = on_every_rank(lambda: load_export(folder / "export", device))
     step = sum(earlier.optim.steps for earlier in recipe.stages[: index + 1])
     given = {"step": step, "beside": run / "bm25" / "eval"}
-    scores = evaluate(retriever, stage.eval.suites, folder / "eval", stage.name, changes=stage.eval, **given)
+    scores = evaluate(retriever, stage.eval.suites, folder / "eval", label=stage.name, changes=stage.eval, **given)
     for place, changes in contexts_beside(stage.eval):
         label = f"{stage.name}, {label_of(place)}"
-        evaluate(retriever, stage.eval.suites, beside(folder / "eval", place), label, changes=changes, **given)
+        evaluate(retriever, stage.eval.suites, beside(folder / "eval", place), label=label, changes=changes, **given)
     on_rank_zero(lambda: write_eval_scalars(run, scores, step))
     on_rank_zero(lambda: add_scores(folder / "export", scores, start_scores(recipe, origin(recipe, index), run)))
     return scores

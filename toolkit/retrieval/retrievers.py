@@ -63,11 +63,7 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
         RecipeError: for what is none of these, damaged, or cannot be run here; one line with the fix.
     """
     folder = find_retriever(what)
-    added = None if adapter is None else find_retriever(adapter)
-    if added is not None and together(lambda added=added: is_contextual(added)):
-        raise RecipeError(
-            f"{adapter}: reads texts with a context, which --adapter would lose; name it in place of {what}"
-        )
+    added = None if adapter is None else _find_adapter(adapter, what)
     base = None
     if added is None:
         base = together(lambda: base_of_adapter(folder) if _is_bare_adapter(folder) else None)
@@ -76,6 +72,14 @@ def load_any(what: str, adapter: str | None, changes: EvalSettings, device: torc
     of = folder if base is None else find_retriever(base)
     loaded = on_every_rank(lambda: _load(what, of, added, changes, device))
     return loaded if dense else loaded._replace(retriever=on_every_rank(lambda: _without_dense(what, loaded.retriever)))
+
+
+def _find_adapter(adapter: str, what: str) -> Path:
+    found = find_retriever(adapter)
+    if together(lambda: is_contextual(found)):
+        fix = f"name it in place of {what}"
+        raise RecipeError(f"{adapter}: reads texts with a context, which --adapter would lose; {fix}")
+    return found
 
 
 def _without_dense(what: str, retriever: Retriever) -> Retriever:
