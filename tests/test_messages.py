@@ -66,12 +66,8 @@ def is_key(path: str, method: str | None) -> bool:
     for part in path.split("."):
         if part.isdecimal():
             continue
-        fields = [
-            field
-            for section in inside
-            for name, field in section.model_fields.items()
-            if part in (name, field.alias, HOLE)
-        ]
+        named = [(field.alias or name, field) for section in inside for name, field in section.model_fields.items()]
+        fields = [field for name, field in named if part in (name, HOLE)]
         below = {section for field in fields for section in sections(field.annotation)}
         if part == HOLE:  # a key, or the number of an entry
             inside |= below
