@@ -156,7 +156,7 @@ def test_second_stage() -> None:
         made(tokens("doc"), torch.cat([context, context[:2]])),
         made(tokens("doc"), context),
     )
-    of_two = plain.first_stage(W, *(side[:3] for side in tokens("ctx")), 2)
+    of_two = plain.first_stage(W, tokens("ctx").input_ids[:3], tokens("ctx").attention_mask[:3], 2)
     check("second/doc_2tok", made(tokens("doc"), of_two), plain.head(W, by_equations("doc", of_two)))
     no_residual = plain.head(W, by_equations("doc", CONTEXT), residual=False)
     check("second/doc_v1_head", encoder(head="plain")(tokens("doc"), context), no_residual)

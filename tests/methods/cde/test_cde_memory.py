@@ -22,7 +22,7 @@ def peak_mib(run: Callable[[], Any]) -> float:
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
     there = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        there += event.nbytes()
+        there += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         most = max(most, there)
     return most / 2**20
 

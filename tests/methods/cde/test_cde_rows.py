@@ -45,7 +45,7 @@ def batch(stores: tuple[PairStore, PairStore], part: int, parts: int, pool: int 
     whole = np.random.default_rng(pool).permutation(ROWS)[:POOL]
     share = POOL // parts
     places = np.arange(part * share, (part + 1) * share)
-    pairs = collate_pairs(stores[0], whole[places], pool, places, seed=SEED, pad_id=0, **SLOTS)
+    pairs = collate_pairs(stores[0], whole[places], pool, places, seed=SEED, pad_id=0, positives=1, negatives=2)
     keys = ContextSettings(**context_keys("bert", **({"null_probability": 0.4} | changes)))
     return collate_context(pairs, stores[1], whole, pool, places, Context(keys, SLOTS, SEED, 0))
 
