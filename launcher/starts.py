@@ -34,8 +34,18 @@ def origin(recipe: Recipe, index: int) -> int | None:
     """
     while recipe.stages[index].start == "previous":
         index -= 1
-    first = next(i for i, stage in enumerate(recipe.stages) if _identity(stage) == _identity(recipe.stages[index]))
+    first = next(i for i, stage in enumerate(recipe.stages) if _have_one_start(stage, recipe.stages[index]))
     return first if first == 0 or isinstance(recipe.stages[first].start, BuildStart) else None
+
+
+def _have_one_start(one: Stage, other: Stage) -> bool:
+    """Whether the scores of one's start are those of the other's. A start is most often plain, and reads no context."""
+    contexts = one.eval.context, other.eval.context
+    if None in contexts:
+        one, other = (
+            stage.model_copy(update={"eval": stage.eval.model_copy(update={"context": None})}) for stage in (one, other)
+        )
+    return _identity(one) == _identity(other)
 
 
 def _identity(stage: Stage) -> dict[str, Any]:

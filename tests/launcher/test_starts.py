@@ -23,6 +23,7 @@ from toolkit.training import loop
         ("crops_compared", [0, 0, 0], {0: "untrained"}),
         ("fewshot", [0, 0, 0], {0: "before training"}),
         ("sycl_compared", [0, 0, 0, 0], {0: "before training"}),
+        ("cde_compared", [0, 0, 0, 0], {0: "before training"}),
         ("revela_7b", [0], {0: "before training"}),
     ],
 )
