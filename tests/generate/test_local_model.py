@@ -195,8 +195,8 @@ def test_a_model_that_is_not_there_or_cannot_be_loaded(tmp_path):
     with pytest.raises(RecipeError, match="which can run code when it is read"):
         local_engine(str(folder), SAMPLING, CPU)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-    with pytest.raises(RecipeError, match="model type 't5' is not supported"):
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(RecipeError, match="model type 'gpt2' is not supported"):
         local_engine(str(folder), SAMPLING, CPU)
 
 

@@ -43,9 +43,19 @@ SHAPES = {
     }),
     "google-bert/bert-base-uncased": ("bert", {}),
     "facebook/contriever": ("bert", {"architectures": ["Contriever"]}),
+    "nomic-ai/nomic-bert-2048": ("nomic_bert", {}),
+    "answerdotai/ModernBERT-base": ("modernbert", {}),
 }  # fmt: skip
 # The special ids that each type's tokenizer puts around a text, as a style of small_tokenizer.
-TOKENIZERS = {"qwen2": "gpt2", "qwen3": "gpt2", "llama": "bos", "mistral": "bos", "bert": "wordpiece"}
+TOKENIZERS = {
+    "qwen2": "gpt2",
+    "qwen3": "gpt2",
+    "llama": "bos",
+    "mistral": "bos",
+    "bert": "wordpiece",
+    "nomic_bert": "wordpiece",
+    "modernbert": "wordpiece",
+}
 # Published sizes without the output head (for tied models the head is the embedding) and without BERT's pooling layer.
 PARAMETERS = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
@@ -55,6 +65,8 @@ PARAMETERS = {
     "Qwen/Qwen3-0.6B-Base": 596_049_920,
     "google-bert/bert-base-uncased": 109_482_240 - (768 + 1) * 768,
     "facebook/contriever": 109_482_240 - (768 + 1) * 768,
+    "nomic-ai/nomic-bert-2048": 136_731_648,
+    "answerdotai/ModernBERT-base": 149_014_272,
 }
 
 
@@ -99,6 +111,8 @@ def here(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
             put(stage)
             if stage["objective"]["name"] == "revela":
                 put(stage["objective"]["language_model"])
+            if "start" in stage["objective"].get("first_stage", {}):
+                put(stage["objective"]["first_stage"])
             for source in stage["data"]["sources"]:
                 if "folder" in source:
                     kind = source.get("format", "graded" if stage["objective"]["name"] == "sycl" else "documents")

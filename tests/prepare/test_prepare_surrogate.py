@@ -98,7 +98,7 @@ def test_a_retriever_of_a_folder_with_other_settings(given: Given, exports: list
 def test_svd_is_fitted_on_queries_and_leaves_unit_length(given: Given, exports: list[Path]):
     surrogate = PreviousSurrogate(by="previous", svd=5)
     found, whole = given.vectors(surrogate, exports[1]), given.vectors(PREVIOUS, exports[1])
-    query, document = (side.astype(np.float64) for side in whole)
+    query, document = (side.astype(np.float64) for side in whole[:2])
     basis = np.linalg.svd(query)[2][:5].T
     for array, expected in ((found.query, query @ basis), (found.document, document @ basis)):
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
@@ -181,12 +181,12 @@ def test_an_interrupted_run_goes_on_with_the_blocks_that_it_lacks(given: Given, 
     with pytest.raises(KeyboardInterrupt):
         given.vectors(PREVIOUS)
     assert not given.kept()
-    of_all = sum(-(-len(side) // 8) for side in whole)
+    of_all = sum(-(-len(side) // 8) for side in whole[:2])
     blocks.clear()
     monkeypatch.setattr(module, "encode", lambda *arguments, **others: blocks.append(1) or encode(*arguments, **others))
     found = given.vectors(PREVIOUS)
     assert len(blocks) == of_all - 4
-    assert all(np.abs(a.astype(float) - b).max() < 1e-3 for a, b in zip(found, whole, strict=True))
+    assert all(np.abs(a.astype(float) - b).max() < 1e-3 for a, b in zip(found[:2], whole[:2], strict=True))
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, number: float, **settings: Any) -> RetrieverSurrogate:

@@ -57,4 +57,5 @@ def test_the_memory_of_a_step_is_that_of_a_slice(kind: str, tmp_path: Path) -> N
     of_slice = peak_mib(Step(kind, folder, 8, sliced=True).one_slice)
     assert whole[1] > 1.8 * whole[0] > 8 * of_slice
     assert max(sliced) < 2 * of_slice  # with the loss, and the gradients of the slice's weights
-    assert sliced[1] - sliced[0] < 0.2 * of_slice  # vectors and keys of the pool
+    # Of each further slice its texts' vectors and keys are kept, and the state of random numbers.
+    assert sliced[1] - sliced[0] < 0.03 * (whole[1] - whole[0])
