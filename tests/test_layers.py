@@ -82,7 +82,7 @@ DEEPSPEED = {"toolkit.training.engine", "toolkit.ranks.process_group"}
 INSIDE = {
     "launcher.run": {"_dry_run", "_run"},
     "toolkit.ranks.last_words": {"_tell_alone", "is_told_by_another", "_client"},
-    "toolkit.export.check": {"_answer"},
+    "toolkit.export.check": {"_plain"},
     "toolkit.generate.__main__": {"main"},
     "toolkit.generate.engines": {"open_engine"},
     "toolkit.generate.estimate": {"token_counter"},

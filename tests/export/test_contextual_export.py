@@ -22,7 +22,7 @@ from toolkit.recipe.evaluation import EvalSettings
 from toolkit.retrieval.context import draw, embed_context, in_own_context
 from toolkit.retrieval.embed import checkpoint_digest, embed_texts
 from toolkit.retrieval.retrievers import load_any
-from toolkit.retrieval.sentence_module import sentence_transformer
+from toolkit.retrieval.sentence_module import ContextualRetriever, sentence_transformer
 from toolkit.retrieval.settings import with_settings
 
 CPU = torch.device("cpu")
@@ -66,32 +66,32 @@ def test_sentence_transformers_reads_without_and_with_a_context_and_keeps_it(
 ):
     one = made["bert"]
     folder = one.write(tmp_path / "export")
-    with pytest.raises(ValueError, match="trust_remote_code=True"):  # as of any class that is not its own
+    with pytest.raises(ValueError, match="ContextualRetriever"):  # as any class that is not its own
         SentenceTransformer(str(folder))
-    theirs = SentenceTransformer(str(folder), trust_remote_code=True, local_files_only=True)
-    ours = sentence_transformer(folder, "cpu")
-    for model in (theirs, ours):
-        module: Any = model[0]
-        np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query"], atol=2e-6)
-        np.testing.assert_allclose(model.encode_document(TEXTS), one.live["passage"], atol=2e-6)
-        assert module.context_documents == 6 and model.get_embedding_dimension() == 32
-        module.set_context(one.context)
-        np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query_in_context"], atol=2e-6)
-        module.set_context(None)
-        np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query"], atol=2e-6)
-        with pytest.raises(ValueError, match="5 context documents, where the model reads 6; give as many"):
-            module.set_context(one.context[:5])
-        with pytest.raises(ValueError, match="there is no context; set_context sets one"):
-            module.write_context()
-        module.set_context(one.context)
-        module.write_context(tmp_path / "kept.safetensors")
-        module.set_context(None)
-        module.read_context(tmp_path / "kept.safetensors")
-        np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query_in_context"], atol=2e-6)
-    theirs.save(str(tmp_path / "saved"))
+    model = sentence_transformer(folder, "cpu")
+    by_its_name = SentenceTransformer(modules=[ContextualRetriever.load(str(folder))], device="cpu")
+    np.testing.assert_allclose(by_its_name.encode(TEXTS), model.encode(TEXTS), atol=2e-6)
+    module: Any = model[0]
+    np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query"], atol=2e-6)
+    np.testing.assert_allclose(model.encode_document(TEXTS), one.live["passage"], atol=2e-6)
+    assert module.context_documents == 6 and model.get_embedding_dimension() == 32
+    module.set_context(one.context)
+    np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query_in_context"], atol=2e-6)
+    module.set_context(None)
+    np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query"], atol=2e-6)
+    with pytest.raises(ValueError, match="5 context documents, where the model reads 6; give as many"):
+        module.set_context(one.context[:5])
+    with pytest.raises(ValueError, match="there is no context; set_context sets one"):
+        module.write_context()
+    module.set_context(one.context)
+    module.write_context(tmp_path / "kept.safetensors")
+    module.set_context(None)
+    module.read_context(tmp_path / "kept.safetensors")
+    np.testing.assert_allclose(model.encode_query(TEXTS), one.live["query_in_context"], atol=2e-6)
+    model.save(str(tmp_path / "saved"))
     module.write_context()
     for place in (folder, tmp_path / "saved"):
-        again = SentenceTransformer(str(place), trust_remote_code=True, local_files_only=True)
+        again = sentence_transformer(place, "cpu")
         np.testing.assert_allclose(again.encode_document(TEXTS), one.live["passage_in_context"], atol=2e-6)
         retriever = load_export(place, CPU)
         assert isinstance(retriever.encoder, InContext)

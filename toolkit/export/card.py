@@ -163,8 +163,6 @@ def _loading_with_context(folder: Path, base: str, context: ContextSettings) -> 
             'passages = model.encode_document(["open(path) returns a file object"])',
             "model[0].write_context()  # into this folder, which is then loaded with it",
             "```\n",
-            f"`SentenceTransformer({place}, trust_remote_code=True)` loads the same: sentence-transformers asks for "
-            "that flag where a class is not its own. The class is the toolkit's; this folder holds no code.\n",
             f"The base is `{base}`. The first stage, which reads the context documents, lies in `first/`.\n",
             "Evaluate it on a folder in BEIR layout or an mteb retrieval task, with context and without:\n",
             "```",

@@ -1,6 +1,7 @@
 """Proof that an export is the model that was trained: a fresh process loads it and its vectors are compared.
 
-Called by training after write_export (check_export); `python -m toolkit.export.check REQUEST` is the fresh process.
+Called by training after write_export (check_export). The fresh process is `python -m toolkit.export.check REQUEST`, or
+the module of contextual retrievers, whose class sentence-transformers would not load by itself.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from toolkit.export.write import read_record, write_record
 
+_PLAIN, _CONTEXTUAL = "toolkit.export.check", "toolkit.retrieval.sentence_module"  # what the fresh process runs
 KINDS = ("query", "passage")
 COSINE_LIMITS = {"bf16": 1e-3, "fp32": 1e-5, "fp64": 1e-5}
 NORM_LIMITS = {"bf16": 1e-2, "fp32": 1e-5, "fp64": 1e-5}  # relative; without normalisation only
@@ -80,12 +83,12 @@ def encode_in_fresh_process(
     launched = {name for name in os.environ if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES)}
     environment = {name: value for name, value in os.environ.items() if name not in launched}
     with tempfile.TemporaryDirectory() as scratch:
-        request, answer = Path(scratch, "request.json"), Path(scratch, "vectors.safetensors")
-        content = {"folders": [str(path) for path in folders], "texts": texts, "device": device, "answer": str(answer)}
+        request, vectors = Path(scratch, "request.json"), Path(scratch, "vectors.safetensors")
+        content = {"folders": [str(path) for path in folders], "texts": texts, "device": device, "answer": str(vectors)}
         content["context"] = context
         request.write_text(json.dumps(content), encoding="utf-8")
         process = subprocess.run(
-            [sys.executable, "-m", "toolkit.export.check", str(request)],
+            [sys.executable, "-m", _PLAIN if context is None else _CONTEXTUAL, str(request)],
             env=environment | {"HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -94,33 +97,31 @@ def encode_in_fresh_process(
         if process.returncode != 0:
             last = "\n".join(process.stderr.strip().splitlines()[-5:])
             raise ValueError(f"{folders[0]}: a fresh process cannot load the export:\n{last}")
-        arrays = load_file(answer)
+        arrays = load_file(vectors)
     kinds = [*KINDS, *(f"{kind}_in_context" for kind in KINDS if context is not None)]
     return [{kind: arrays[f"{i}.{kind}"] for kind in kinds} for i in range(len(folders))]
 
 
-def _answer(request: dict[str, Any]) -> None:
-    # imported here: it takes seconds, and only the fresh process needs it
-    from sentence_transformers import SentenceTransformer
-
+def answer(request: dict[str, Any], load: Callable[[str, str], Any]) -> None:
+    """Write the vectors that encode_in_fresh_process asks for; `load` makes a model of (folder, device)."""
     arrays, context = {}, request["context"]
     for i, folder in enumerate(request["folders"]):
-        model = SentenceTransformer(
-            folder,
-            device=request["device"],
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},
-            trust_remote_code=context is not None,  # of this package's own class, which is in no folder
-        )
+        model = load(folder, request["device"])
         for suffix in ("", "_in_context")[: 1 if context is None else 2]:
             if suffix:
-                module: Any = model[0]
-                module.set_context(context)
+                model[0].set_context(context)
             given = {"batch_size": 8, "show_progress_bar": False}
             arrays[f"{i}.query{suffix}"] = model.encode_query(request["texts"], **given)
             arrays[f"{i}.passage{suffix}"] = model.encode_document(request["texts"], **given)
     save_file(arrays, request["answer"])
 
 
+def _plain(folder: str, device: str) -> Any:
+    # imported here: it takes seconds, and only the fresh process needs it
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(folder, device=device, local_files_only=True, model_kwargs={"use_safetensors": True})
+
+
 if __name__ == "__main__":
-    _answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), _plain)

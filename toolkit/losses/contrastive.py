@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.losses.masks import LEFT_OUT, Masks, Surrogate, leave_out, leave_out_similar, similar_buffer
+from toolkit.losses.masks import LEFT_OUT, Masks, Surrogate, finite, leave_out, leave_out_similar, limit_of, near_buffer
 
 TILE = (2048, 2048)
 
@@ -97,7 +97,7 @@ class _Negatives(torch.autograd.Function):
         dtype, of_tile = _score_dtype(rows, columns), Masks(*masks)
         largest = rows.new_full((len(rows),), LEFT_OUT, dtype=dtype)
         total, mean, count, masked = (torch.zeros_like(largest) for _ in range(4))
-        buffer, similar = _buffer(rows, columns, tile, dtype), similar_buffer(of_tile, tile)
+        buffer, similar = _buffer(rows, columns, tile, dtype), near_buffer(of_tile, tile)
         for r in _slices(len(rows), tile[0]):
             part = rows[r].to(dtype)
             for c in _slices(len(columns), tile[1]):
@@ -111,7 +111,7 @@ class _Negatives(torch.autograd.Function):
                         mean[r] += scores.masked_fill(left_out, 0).sum(1)
                     count[r] += left_out.logical_not_().sum(1)
                 top = torch.maximum(largest[r], scores.amax(1))
-                anchor = _finite(top)
+                anchor = finite(top)
                 total[r] *= (largest[r] - anchor).mul_(scale).exp_()
                 total[r] += scores.sub_(anchor[:, None]).mul_(scale).exp_().sum(1)
                 largest[r] = top
@@ -129,13 +129,13 @@ class _Negatives(torch.autograd.Function):
         rows, columns, scale, largest, total, count, *masks = ctx.saved_tensors
         of_tile = Masks(*masks)
         need_rows, need_columns, need_scale = ctx.needs_input_grad[:3]
-        dtype, anchor = largest.dtype, _finite(largest)
+        dtype, anchor = largest.dtype, finite(largest)
         weight = torch.where(total > 0, grads[0] * scale / total, 0)  # no column is left: no gradient, whatever came
         share = grads[2] * scale / count if ctx.with_mean else None
         grad_rows = torch.empty_like(rows) if need_rows else None
         grad_columns = torch.zeros_like(columns, dtype=dtype) if need_columns else None
         grad_scale = torch.zeros_like(scale, dtype=dtype, device=rows.device) if need_scale else None
-        buffer, similar = _buffer(rows, columns, ctx.tile, dtype), similar_buffer(of_tile, ctx.tile)
+        buffer, similar = _buffer(rows, columns, ctx.tile, dtype), near_buffer(of_tile, ctx.tile)
         for r in _slices(len(rows), ctx.tile[0]):
             part = rows[r].to(dtype)
             grad_part = torch.zeros_like(part)
@@ -184,10 +184,6 @@ def _scores(buffer: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Raw scores in the buffer; `out=` also keeps autocast from narrowing them."""
     shape = len(rows), len(columns)
     return torch.mm(rows, columns.T, out=buffer[: shape[0] * shape[1]].view(shape))
-
-
-def _finite(largest: Tensor) -> Tensor:
-    return largest.masked_fill(largest == LEFT_OUT, 0)
 
 
 def cross_entropy(positive: Tensor, lse: Tensor) -> Tensor:
@@ -318,8 +314,8 @@ def info_nce(
     lowest, best = own.masked_fill(~present, float("inf")).amin(1), own.masked_fill(~present, float("-inf")).amax(1)
     pair_keys = torch.cat([positive_keys, query_keys[:, None].expand(-1, count, -1)], 2)
     of_row = {
-        "query": (query, query_keys, _limit(lowest, margin, threshold)),
-        "document": (positive.flatten(0, 1), pair_keys.flatten(0, 1), _limit(own.flatten(), margin, threshold)),
+        "query": (query, query_keys, limit_of(lowest, margin, threshold)),
+        "document": (positive.flatten(0, 1), pair_keys.flatten(0, 1), limit_of(own.flatten(), margin, threshold)),
     }
     of_column = {"query": (queries_all, all_query_keys, None), "document": (documents_all, document_keys, absent)}
     found = {}
@@ -348,10 +344,3 @@ def _soft(held: Negatives, found: Negatives) -> Tensor:
     some = held.num_negatives > 0
     lse = torch.where(some, held.lse, 0)
     return torch.where(some, cross_entropy(lse, found.lse) + lse - held.mean, 0)
-
-
-def _limit(positive: Tensor, margin: float | None, threshold: float | None) -> Tensor | None:
-    limit = None if margin is None else positive + margin
-    if threshold is None:
-        return limit
-    return torch.full_like(positive, threshold) if limit is None else limit.clamp(max=threshold)

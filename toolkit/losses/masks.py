@@ -65,7 +65,7 @@ def leave_out(scores: Tensor, r: slice, c: slice, masks: Masks) -> None:
 def leave_out_similar(scores: Tensor, r: slice, c: slice, masks: Masks, buffer: Tensor) -> Tensor:
     """Set to -inf, in place, what the surrogate masks of what is left of a tile; of each row how many: [rows].
 
-    `buffer` is of `similar_buffer`. Two cosines that differ by rounding alone count as equal, so that a text with the
+    `buffer` is of `near_buffer`. Two cosines that differ by rounding alone count as equal, so that a text with the
     positive's vector is masked at a margin of 0 in every shape of the tiles.
     """
     assert masks.surrogate_row is not None and masks.surrogate_column is not None and masks.surrogate_limit is not None
@@ -79,7 +79,7 @@ def leave_out_similar(scores: Tensor, r: slice, c: slice, masks: Masks, buffer: 
     return masked.sum(1)
 
 
-def similar_buffer(masks: Masks, tile: tuple[int, int]) -> Tensor | None:
+def near_buffer(masks: Masks, tile: tuple[int, int]) -> Tensor | None:
     """Room for the cosines of a tile; None without a surrogate."""
     if masks.surrogate_row is None or masks.surrogate_column is None:
         return None
@@ -103,3 +103,16 @@ def relative_limit(row: Tensor, positive: Tensor, present: Tensor, margin: float
     """
     cosine = (row[:, None] * positive).sum(-1)
     return cosine.masked_fill(~present, float("inf")).amin(1) + margin
+
+
+def finite(largest: Tensor) -> Tensor:
+    """The largest score of each row; 0 where no column is left."""
+    return largest.masked_fill(largest == LEFT_OUT, 0)
+
+
+def limit_of(positive: Tensor, margin: float | None, threshold: float | None) -> Tensor | None:
+    """The raw score above which a row's columns are left out; None: there is no such limit."""
+    limit = None if margin is None else positive + margin
+    if threshold is None:
+        return limit
+    return torch.full_like(positive, threshold) if limit is None else limit.clamp(max=threshold)

@@ -1,11 +1,12 @@
 """A contextual retriever as a module of sentence-transformers: its export names this class in modules.json.
 
-Called by sentence-transformers, which asks for trust_remote_code=True for any class that is not its own; the folder
-holds no code. `sentence_transformer` needs no such flag.
+Made by `sentence_transformer`: sentence-transformers itself refuses any class that is not its own. The folder holds no
+code.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.util import load_dir_path
 
 from toolkit.data.tokens import Tokens, pad, pad_id, tokenize
+from toolkit.export.check import answer
 from toolkit.export.write import load_export
 from toolkit.models.in_context import KEPT, InContext, in_context, read_vectors, without_context, write_vectors
 from toolkit.retrieval.context import context_documents, embed_context
@@ -112,7 +114,7 @@ class ContextualRetriever(InputModule):
 
 
 def sentence_transformer(folder: str | Path, device: str | torch.device | None = None) -> SentenceTransformer:
-    """SentenceTransformer(folder) of a contextual export, without its trust_remote_code.
+    """A contextual export as a SentenceTransformer.
 
     Raises:
         RecipeError: as load_export.
@@ -125,3 +127,7 @@ def sentence_transformer(folder: str | Path, device: str | torch.device | None =
         prompts=options["prompts"],
         similarity_fn_name=options["similarity_fn_name"],
     )
+
+
+if __name__ == "__main__":  # the fresh process that proves a contextual export
+    answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sentence_transformer)
