@@ -62,7 +62,8 @@ def start(
 
 
 def _in_pool(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess:
-    assert command[:3] == [sys.executable, "-m", "toolkit.export.check"] and not {"RANK", "WORLD_SIZE"} & env.keys()
+    assert command[:2] == [sys.executable, "-m"] and not {"RANK", "WORLD_SIZE"} & env.keys()
+    assert command[2] in ("toolkit.export.check", "toolkit.retrieval.sentence_module")
     return run_python(*command[1:], **env)
 
 
